@@ -1,0 +1,45 @@
+"""One module a family: its config mapping, its checkpoint names and its flags over shared blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from consilium.errors import CheckpointError
+from consilium.families import mixtral, qwen3_moe
+from consilium.families.names import ExpertLayout, Names
+from consilium.model_config import ModelConfig, check
+
+__all__ = ["ExpertLayout", "Family", "Names", "find_family", "parse_config"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one architecture writes its config.json and names its tensors."""
+
+    parse: Callable[[Mapping[str, Any]], ModelConfig]
+    names: Names
+
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(mixtral.parse, mixtral.NAMES),
+    "qwen3_moe": Family(qwen3_moe.parse, qwen3_moe.NAMES),
+}
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family that config.json's `model_type` names. Raises CheckpointError with the list of those supported."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        architecture = (config.get("architectures") or [None])[0]
+        raise CheckpointError(
+            f"architecture {architecture or model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return family
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The checked shape of the model. Raises CheckpointError that names the key."""
+    return check(find_family(config).parse(config))

@@ -1,0 +1,39 @@
+"""Mixtral (Jiang et al. 2024, "Mixtral of Experts"): every layer routes, softmax over the K chosen logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from consilium.families.names import ExpertLayout, Names
+from consilium.model_config import ModelConfig, parse_common, require
+
+_MOE = "model.layers.{layer}.block_sparse_moe"
+
+NAMES = Names(
+    router=_MOE + ".gate.weight",
+    experts=(
+        ExpertLayout(
+            gate=_MOE + ".experts.{expert}.w1.weight",
+            up=_MOE + ".experts.{expert}.w3.weight",
+            down=_MOE + ".experts.{expert}.w2.weight",
+        ),
+        ExpertLayout(gate_up=_MOE + ".experts.gate_up_proj", down=_MOE + ".experts.down_proj"),
+        ExpertLayout(gate_up=_MOE + ".input_linear.weight", down=_MOE + ".output_linear.weight"),
+    ),
+)
+
+
+def parse(config: Mapping[str, Any]) -> ModelConfig:
+    """config.json of a MixtralForCausalLM."""
+    common = parse_common(config)
+    layers = common["num_layers"]
+    return ModelConfig(
+        family="mixtral",
+        num_experts=require(config, "num_local_experts", int),
+        top_k=require(config, "num_experts_per_tok", int),
+        expert_size=require(config, "intermediate_size", int),
+        moe_layers=(True,) * layers,
+        sliding_windows=(config.get("sliding_window"),) * layers,
+        **common,
+    )

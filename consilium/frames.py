@@ -1,0 +1,91 @@
+"""A frame: the rows of one step that one layer sends to one worker, and the rows that come back.
+
+Letters: U distinct token rows, P (token, expert) pairs, M experts asked for, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from consilium.errors import WireError
+from consilium.wire import decode_tensor, encode_tensor
+from protos.expert.v1 import expert_pb2
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Distinct token rows, and for each expert asked for which of them it computes."""
+
+    layer: int
+    rows: Tensor  # [U, D] int8 with scales, or the model's row dtype
+    scales: Tensor | None  # [U] float32, only with int8 rows
+    experts: list[int]  # [M] ascending
+    offsets: list[int]  # [M + 1] where the indices of each expert begin
+    indices: Tensor  # [P] int32 into rows
+
+
+def encode_call(
+    frame: Frame,
+    call_id: int,
+    deadline_ms: int = 0,
+    traffic_class: expert_pb2.TrafficClass.ValueType = expert_pb2.TRAFFIC_CLASS_UNSPECIFIED,
+) -> expert_pb2.Call:
+    """The message for ``frame``; ``deadline_ms`` counts from receipt, 0 is none."""
+    return expert_pb2.Call(
+        call_id=call_id,
+        layer=frame.layer,
+        rows=encode_tensor(frame.rows),
+        scales=None if frame.scales is None else encode_tensor(frame.scales),
+        experts=frame.experts,
+        offsets=frame.offsets,
+        indices=encode_tensor(frame.indices),
+        deadline_ms=deadline_ms,
+        traffic_class=traffic_class,
+    )
+
+
+def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype) -> Frame:
+    """The frame in ``call``, with every size, offset and index checked.
+
+    ``row_dtype`` is what this worker computes from: torch.int8 (then scales must be there) or its float dtype.
+    Raises WireError that names the field.
+    """
+    rows = decode_tensor(call.rows, "rows", row_dtype, (None, hidden_size))
+    scales = None
+    if row_dtype is torch.int8:
+        scales = decode_tensor(call.scales, "scales", torch.float32, (rows.shape[0],))
+    elif call.HasField("scales"):
+        raise WireError(f"scales: not expected with {row_dtype} rows")
+    indices = decode_tensor(call.indices, "indices", torch.int32, (None,))
+    experts, offsets = list(call.experts), list(call.offsets)
+    if any(a >= b for a, b in pairwise(experts)):
+        raise WireError(f"experts: must be ascending and distinct, found {experts[:16]}")
+    if len(offsets) != len(experts) + 1 or offsets[0] != 0 or offsets[-1] != indices.numel():
+        raise WireError(
+            f"offsets: expected {len(experts) + 1} entries from 0 to {indices.numel()}, found {offsets[:16]}"
+        )
+    if any(a > b for a, b in pairwise(offsets)):
+        raise WireError(f"offsets: must not fall, found {offsets[:16]}")
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows.shape[0]:
+        raise WireError(
+            f"indices: must lie in 0..{rows.shape[0] - 1}, found {int(indices.min())}..{int(indices.max())}"
+        )
+    return Frame(call.layer, rows, scales, experts, offsets, indices)
+
+
+def encode_result(rows: Tensor, queue_seconds: float, compute_seconds: float) -> expert_pb2.Result:
+    """The message for output rows [P, D]."""
+    return expert_pb2.Result(
+        rows=encode_tensor(rows), queue_us=int(queue_seconds * 1e6), compute_us=int(compute_seconds * 1e6)
+    )
+
+
+def decode_result(result: expert_pb2.Result, pairs: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+    """The output rows [P, D] of a call of ``pairs`` pairs. Raises WireError when they are not what was asked for."""
+    return decode_tensor(result.rows, "result rows", dtype, (pairs, hidden_size))

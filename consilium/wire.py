@@ -1,0 +1,63 @@
+"""Tensors as raw little-endian bytes with dtype and shape, checked before anything is allocated.
+
+Decoded tensors are read-only views of the received bytes: nothing is copied.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilium.errors import WireError
+from protos.tensor.v1 import tensor_pb2
+
+if sys.byteorder != "little":
+    raise ImportError("Consilium's wire format is little-endian and this machine is not")
+
+WIRE_DTYPES = {
+    torch.float32: tensor_pb2.DTYPE_FLOAT32,
+    torch.bfloat16: tensor_pb2.DTYPE_BFLOAT16,
+    torch.int8: tensor_pb2.DTYPE_INT8,
+    torch.int32: tensor_pb2.DTYPE_INT32,
+}
+TORCH_DTYPES = {code: dtype for dtype, code in WIRE_DTYPES.items()}
+
+# Received bytes are immutable and our tensors over them are never written to; torch warns once a process.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+def encode_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
+    """The message for ``tensor``. Raises WireError for a dtype that does not travel."""
+    code = WIRE_DTYPES.get(tensor.dtype)
+    if code is None:
+        raise WireError(f"a {tensor.dtype} tensor does not travel; convert it to one of {list(WIRE_DTYPES)}")
+    pattern = tensor.contiguous().view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, data=pattern.numpy().tobytes())
+
+
+def decode_tensor(message: tensor_pb2.Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+    """A view of the message's bytes as the ``dtype`` and ``shape`` expected; None stands for any length.
+
+    Raises WireError that names the field ``name``, what was expected and what was found.
+    """
+    if message.dtype != WIRE_DTYPES[dtype]:
+        raise WireError(f"{name}: expected {dtype}, found {_dtype_name(message.dtype)}")
+    found = tuple(message.shape)
+    if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise WireError(f"{name}: expected shape [{wanted}], found {list(found)}")
+    size = math.prod(found) * dtype.itemsize
+    if len(message.data) != size:
+        raise WireError(f"{name}: {list(found)} {dtype} takes {size} bytes, found {len(message.data)}")
+    if size == 0:
+        return torch.empty(found, dtype=dtype)
+    return torch.from_numpy(np.frombuffer(message.data, dtype=np.uint8)).view(dtype).view(found)
+
+
+def _dtype_name(code: int) -> str:
+    return str(TORCH_DTYPES.get(tensor_pb2.DType.ValueType(code), f"unknown dtype {code}"))

@@ -1,0 +1,178 @@
+"""What the HTTP process and the engine process say to each other over a unix socket.
+
+Every message is a 4-byte little-endian length and one JSON object with a ``type``. Free of torch: the HTTP process
+must start fast and stay small. One sequence is one choice of one request; the HTTP process gives out the ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+LENGTH_BYTES = 4
+
+_CONFIG = ConfigDict(extra="forbid")
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class SamplingParams:
+    """How the next token is chosen; bounds are checked at the HTTP door."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives beside the chosen token; None is no logprobs at all
+    prompt_logprobs: int | None = None  # the same for the prompt's tokens
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Generate:
+    """HTTP to engine: run a new sequence."""
+
+    id: int
+    prompt: list[int]
+    sampling: SamplingParams
+    choice: int = 0  # index among the n choices of its request; part of the random numbers' counter
+    type: Literal["generate"] = "generate"
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Abort:
+    """HTTP to engine: nobody waits for this sequence any more. Unknown and finished ids are ignored."""
+
+    id: int
+    type: Literal["abort"] = "abort"
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Drain:
+    """HTTP to engine: no new sequences will come; close the connections to the workers when the last one is done."""
+
+    type: Literal["drain"] = "drain"
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class TokenLogprobs:
+    """Log-probability (natural, of the model's unmodified distribution) of one token and of the likeliest ones."""
+
+    token: int
+    logprob: float
+    top_tokens: list[int]  # descending by probability, ties by id
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Failure:
+    """Why a sequence ended with an error: the name of a class in consilium.errors, and its text."""
+
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Output:
+    """News of one sequence from one step. Once ``finish_reason`` is set nothing more comes for this id."""
+
+    id: int
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    # For the prompt's tokens 1, 2, … in order; may come in several parts, all before the first token.
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    # "eos" or the stop token's id as text, when finish_reason is "stop".
+    stop_reason: str | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class WorkerStats:
+    """What one worker did for this gateway since the last message."""
+
+    group: str
+    address: str
+    frames: int = 0
+    rows: int = 0  # (token, expert) pairs
+    failures: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    wire_seconds: float = 0.0  # round trip less queue and compute
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class EngineStats:
+    """The engine's state after a step, and what the step did."""
+
+    running: int
+    waiting: int
+    kv_tokens_used: int
+    kv_tokens_total: int
+    step_seconds: float = 0.0
+    prompt_tokens: int = 0  # computed in this step
+    generated_tokens: int = 0
+    workers: list[WorkerStats] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Step:
+    """Engine to HTTP: one step is done (or sequences ended between steps)."""
+
+    outputs: list[Output]
+    stats: EngineStats
+    type: Literal["step"] = "step"
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class WorkerStatus:
+    """One address of an expert group as the engine sees it."""
+
+    group: str
+    address: str
+    connected: bool
+    detail: str = ""  # why it is not connected or not used
+    experts: int = 0  # (layer, expert) pairs it holds
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class Status:
+    """Engine to HTTP: sent at start and whenever anything in it changes."""
+
+    ready: bool
+    detail: str  # one sentence for /ready, for example which experts nobody holds
+    workers: list[WorkerStatus]
+    kv_tokens_total: int
+    type: Literal["status"] = "status"
+
+
+ToEngine = Generate | Abort | Drain
+ToHttp = Step | Status
+Message = Annotated[ToEngine | ToHttp, Field(discriminator="type")]
+
+_MESSAGE: TypeAdapter[ToEngine | ToHttp] = TypeAdapter(Message)
+
+
+def pack(message: ToEngine | ToHttp) -> bytes:
+    """The bytes of one message, length first."""
+    body = _MESSAGE.dump_json(message)
+    return len(body).to_bytes(LENGTH_BYTES, "little") + body
+
+
+def unpack(body: bytes) -> ToEngine | ToHttp:
+    """The message in ``body``, which is without its length. Raises pydantic.ValidationError."""
+    return _MESSAGE.validate_json(body)
