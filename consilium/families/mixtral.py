@@ -21,6 +21,7 @@ NAMES = Names(
         ExpertLayout(gate_up=_MOE + ".experts.gate_up_proj", down=_MOE + ".experts.down_proj"),
         ExpertLayout(gate_up=_MOE + ".input_linear.weight", down=_MOE + ".output_linear.weight"),
     ),
+    other_spelling=(".block_sparse_moe.", ".mlp."),  # transformers 5, where it saves tensors as it holds them
 )
 
 

@@ -30,6 +30,8 @@ class Names:
     router: str  # the gate's matrix, [E, D]
     experts: tuple[ExpertLayout, ...]  # tried in this order
     dense: ExpertLayout | None = None  # the FFN of layers that do not route
+    # A part of the names above that some writers replace by another, for example (".block_sparse_moe.", ".mlp.").
+    other_spelling: tuple[str, str] | None = None
     embed: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"

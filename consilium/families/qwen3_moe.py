@@ -37,7 +37,8 @@ def parse(config: Mapping[str, Any]) -> ModelConfig:
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     return ModelConfig(
         family="qwen3_moe",
-        num_experts=require(config, "num_experts", int),
+        # transformers 5 writes the one as the other
+        num_experts=require(config, "num_local_experts" if "num_local_experts" in config else "num_experts", int),
         top_k=require(config, "num_experts_per_tok", int),
         expert_size=require(config, "moe_intermediate_size", int),
         moe_layers=tuple(layer not in dense_layers and (layer + 1) % step == 0 for layer in range(layers)),

@@ -1,0 +1,76 @@
+"""What the JSON files of a Hugging Face folder say. Free of torch: the HTTP process reads them too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from consilium.errors import CheckpointError
+from consilium.families import Family, find_family, parse_config
+from consilium.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """config.json as written (``raw``) and as understood, and the family it belongs to."""
+
+    path: Path
+    raw: dict[str, Any]
+    config: ModelConfig
+    family: Family
+    fingerprint: str  # hex SHA-256 over the canonical form of config.json: equal for equal content, however written
+
+
+def read_model_folder(path: Path) -> ModelFolder:
+    """Read config.json, and the end-of-sequence ids of generation_config.json where it states them.
+
+    Raises CheckpointError that names the file and the key.
+    """
+    raw = read_json(path / "config.json")
+    _refuse_quantized(path, raw)
+    config = parse_config(raw)
+    if (path / "generation_config.json").is_file():
+        stated = read_json(path / "generation_config.json").get("eos_token_id")
+        if stated is not None:  # it wins: chat models often add their end-of-turn token only here
+            config = replace(config, eos_token_ids=_token_ids(path / "generation_config.json", stated))
+    return ModelFolder(path, raw, config, find_family(raw), _fingerprint(raw))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises CheckpointError that names the file."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; a model is a Hugging Face folder with config.json") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _fingerprint(raw: dict[str, Any]) -> str:
+    canonical = json.dumps(raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _refuse_quantized(path: Path, raw: dict[str, Any]) -> None:
+    stated = raw.get("quantization_config")
+    if stated:
+        method = stated.get("quant_method", "unnamed") if isinstance(stated, dict) else stated
+        raise CheckpointError(
+            f"{path / 'config.json'}: checkpoints quantized with {method!r} are not supported; use the model's "
+            "float32, float16 or bfloat16 checkpoint (Consilium quantizes to int8 itself as it loads)"
+        )
+
+
+def _token_ids(file: Path, stated: object) -> tuple[int, ...]:
+    ids = stated if isinstance(stated, list) else [stated]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise CheckpointError(f"{file}: eos_token_id must be a token id or a list of them, found {stated!r}")
+    return tuple(ids)
