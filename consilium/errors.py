@@ -58,6 +58,15 @@ class Overloaded(ConsiliumError):
     retryable = True
 
 
+class NotReady(ConsiliumError):
+    """This process takes no work now: it is starting, draining, or has lost a part of itself."""
+
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
+    kind = "unavailable_error"
+    retryable = True
+
+
 class ExpertUnavailable(ConsiliumError):
     """No worker that holds a needed expert can be reached."""
 

@@ -97,9 +97,11 @@ class Output:
     # "eos" or the stop token's id as text, when finish_reason is "stop".
     stop_reason: str | None = None
     failure: Failure | None = None
+    # Seconds from Generate to the sequence's first step; on the first news of a sequence only.
+    queue_seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True, config=_CONFIG)
+@dataclass(slots=True, config=_CONFIG)
 class WorkerStats:
     """What one worker did for this gateway since the last message."""
 
