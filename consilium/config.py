@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
+from consilium.config_sources import assign, read_environment, read_yaml
 from consilium.errors import ConfigError
 from consilium.units import Duration, Size
 
-ENV_PREFIX = "CONSILIUM_"
 ENDPOINT_SCHEME = "grpc://"
+_ENDPOINT = re.compile(re.escape(ENDPOINT_SCHEME) + r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 Quantization = Literal["none", "int8"]
 RowDType = Literal["float32", "bfloat16"]
@@ -28,6 +29,17 @@ class Section(BaseModel):
     """One mapping in the YAML file; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_surprises(cls, value: object, info: ValidationInfo) -> object:
+        """A section with nothing below it is all defaults; `yes` where a number belongs would count as 1."""
+        kind = cls.model_fields[info.field_name].annotation if info.field_name else None
+        if value is None and (get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, Section))):
+            return {}
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError("true and false mean nothing here")
+        return value
 
 
 class GatewayConfig(Section):
@@ -54,13 +66,14 @@ class ExpertGroupConfig(Section):
     max_batch: int = Field(4096, ge=1, le=2**20, description="most rows of one compute batch in a worker")
     timeout: Duration = Field(30.0, gt=0, description="most time for one compute batch; a larger frame gets more")
 
-    @field_validator("endpoint")
+    @field_validator("endpoint", mode="before")
     @classmethod
-    def _check_endpoint(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        for endpoint in (value,) if isinstance(value, str) else value:
-            split_endpoint(endpoint)
-        if not value:
-            raise ValueError("at least one endpoint is needed, for example grpc://127.0.0.1:50051")
+    def _check_endpoint(cls, value: object) -> object:
+        endpoints = value if isinstance(value, list | tuple) else [value]
+        if not endpoints or not all(isinstance(endpoint, str) for endpoint in endpoints):
+            raise ValueError("expected grpc://HOST:PORT, or a list of them")
+        for endpoint in endpoints:
+            split_endpoint(str(endpoint))
         return value
 
     @property
@@ -102,10 +115,10 @@ class Config(Section):
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
     """Host and port of ``grpc://HOST:PORT``; IPv6 hosts stand in brackets. Raises ValueError."""
-    host, colon, port = endpoint.removeprefix(ENDPOINT_SCHEME).rpartition(":")
-    if not endpoint.startswith(ENDPOINT_SCHEME) or not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{endpoint!r} is not an endpoint; write grpc://HOST:PORT")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    match = _ENDPOINT.fullmatch(endpoint)
+    if match is None or not 1 <= int(match[2]) <= 65535:
+        raise ValueError(f"{endpoint[:80]!r} is not an endpoint; write grpc://HOST:PORT")
+    return match[1].strip("[]"), int(match[2])
 
 
 def load_config(
@@ -116,79 +129,45 @@ def load_config(
     """Merge the sources in order of precedence and check the result.
 
     ``overrides`` are command-line values under dotted keys (``gateway.port``); a None is not set.
-    Raises ConfigError that names the key, its source's value and the nearest known key.
+    Raises ConfigError that names the key, what is wrong with it, and the environment variable it came from.
     """
-    merged: dict[str, Any] = _read_yaml(file) if file is not None else {}
-    for path, value in _environment(os.environ if environ is None else environ):
-        _assign(merged, path, value)
+    merged: dict[str, Any] = read_yaml(file) if file is not None else {}
+    variables: dict[tuple[str, ...], str] = {}
+    for name, path, value in read_environment(os.environ if environ is None else environ):
+        assign(merged, path, value)
+        variables[tuple(path)] = name
     for dotted, override in (overrides or {}).items():
         if override is not None:
-            _assign(merged, dotted.split("."), override)
+            assign(merged, dotted.split("."), override)
+            variables.pop(tuple(dotted.split(".")), None)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(each)) for each in error.errors())) from None
+        raise ConfigError("\n".join(_explain(dict(each), variables) for each in error.errors())) from None
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} must hold a mapping at the top, for example `experts:`")
-    return content
-
-
-def _environment(environ: Mapping[str, str]) -> Iterator[tuple[list[str], Any]]:
-    """Paths and values of the variables that carry our prefix; a value is read as YAML where that gives a list."""
-    for name, text in environ.items():
-        if name.startswith(ENV_PREFIX) and name not in ENV_RESERVED:
-            value = yaml.safe_load(text) if text.lstrip().startswith(("[", "{")) else text
-            yield name.removeprefix(ENV_PREFIX).lower().split("__"), value
-
-
-# Variables with our prefix that are not configuration: where fetched models are kept.
-ENV_RESERVED = frozenset({"CONSILIUM_CACHE"})
-
-
-def _assign(tree: dict[str, Any], path: list[str], value: object) -> None:
-    """Set a nested key; the mappings on the way are copied, so that no caller's value changes."""
-    for key in path[:-1]:
-        below = tree.get(key)
-        tree[key] = dict(below) if isinstance(below, dict) else {}
-        tree = tree[key]
-    tree[path[-1]] = value
-
-
-def _explain(error: dict[str, Any]) -> str:
-    """One line for one pydantic error: the dotted key, what is wrong, and what to write instead."""
-    location = [str(part) for part in error["loc"] if part not in ("str", "tuple[str, ...]")]
+def _explain(error: dict[str, Any], variables: Mapping[tuple[str, ...], str]) -> str:
+    """One line for one pydantic error: the dotted key, where it came from, what is wrong, what to write instead."""
+    location = [str(part) for part in error["loc"]]
     key = ".".join(location)
+    source = next((f" (from {name})" for path, name in variables.items() if tuple(location[: len(path)]) == path), "")
     if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = list(_schema_at(location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}: {hint}"
+        return f"unknown key {key!r}{source}: {hint}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if error["type"] == "missing" else f" (got {error['input']!r})")
+    value = error["input"]
+    shown = isinstance(value, str | int | float) and "SecretStr" not in str(_schema_at(location))
+    return f"{key}{source}: {message}" + (f" (got {repr(value)[:80]})" if shown else "")
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    """The keys of the section at ``path``; below a free-named mapping such as `experts:` the name is skipped."""
-    section: type[BaseModel] = Config
-    names = iter(path)
-    for name in names:
-        annotation = section.model_fields[name].annotation
-        arguments = get_args(annotation)
-        if arguments and isinstance(arguments[-1], type):
-            next(names, None)
-            annotation = arguments[-1]
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)
+def _schema_at(path: list[str]) -> Any:
+    """The class of the section at ``path``, or the annotation of the value there."""
+    schema: Any = Config
+    for name in path:
+        if get_origin(schema) is dict:  # keys of the user's own, such as the groups under `experts:`
+            schema = get_args(schema)[1]
+        elif isinstance(schema, type) and issubclass(schema, Section) and name in schema.model_fields:
+            schema = schema.model_fields[name].annotation
+    return schema

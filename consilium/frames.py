@@ -72,6 +72,8 @@ def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype)
         )
     if any(a > b for a, b in pairwise(offsets)):
         raise WireError(f"offsets: must not fall, found {offsets[:16]}")
+    if any(b - a > rows.shape[0] for a, b in pairwise(offsets)):
+        raise WireError(f"offsets: an expert computes a row once, found {offsets[:16]} over {rows.shape[0]} rows")
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows.shape[0]:
         raise WireError(
             f"indices: must lie in 0..{rows.shape[0] - 1}, found {int(indices.min())}..{int(indices.max())}"

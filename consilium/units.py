@@ -2,50 +2,87 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated
+from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_SECONDS = {"us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": Fraction(1), "m": Fraction(60), "h": Fraction(3600)}
+_DECIMAL = {unit: Fraction(1000**power) for power, unit in enumerate(("B", "kB", "MB", "GB"))}
+_BYTES = _DECIMAL | {unit: Fraction(1024**power) for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1)}
+_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
+_MOST = 2**63 - 1
 
 
-def _quantity(value: object, units: dict[str, float] | dict[str, int], example: str) -> float:
+def _quantity(value: object, units: Mapping[str, Fraction], example: str) -> Fraction:
+    """The exact amount of seconds or bytes in ``value``; units are taken in any case."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"expected a number with a unit such as {example}")
-    match = _QUANTITY.fullmatch(str(value))
-    if match is None or match[2].lower() not in units:
-        known = ", ".join(unit for unit in units if unit)
-        raise ValueError(f"{value!r} is not a number with a unit such as {example} (units: {known})")
-    return float(match[1]) * units[match[2].lower()]
+    if isinstance(value, str):
+        match = _QUANTITY.fullmatch(value)
+        scales = {"": Fraction(1)} | {unit.lower(): scale for unit, scale in units.items()}
+        if match is None or match[2].lower() not in scales:
+            raise ValueError(f"expected a number with a unit such as {example} (units: {', '.join(units)})")
+        amount = Fraction(match[1]) * scales[match[2].lower()]
+    elif 0 <= value < math.inf:
+        amount = Fraction(value)
+    else:
+        raise ValueError(f"expected a number that is not negative, such as {example}")
+    if amount > _MOST:
+        raise ValueError(f"the number is too large; expected something like {example}")
+    return amount
 
 
 def parse_duration(value: object) -> float:
     """Seconds in ``value``; a bare number is seconds. Raises ValueError."""
-    return _quantity(value, _SECONDS, "500ms")
+    return float(_quantity(value, _SECONDS, "500ms"))
 
 
 def parse_size(value: object) -> int:
-    """Bytes in ``value``; a bare number is bytes. Raises ValueError."""
+    """Whole bytes in ``value``; a bare number is bytes. Raises ValueError."""
     return int(_quantity(value, _BYTES, "64MiB"))
 
 
 def format_duration(seconds: float) -> str:
-    """The shortest exact text that :func:`parse_duration` reads back."""
-    if seconds < 1:
-        return f"{seconds * 1e3:g}ms"
-    return f"{seconds / 60:g}m" if seconds % 60 == 0 else f"{seconds:g}s"
+    """Exact text that :func:`parse_duration` reads back: whole minutes, else seconds, below one milliseconds."""
+    shortest = Decimal(repr(seconds))
+    if seconds >= 60 and seconds % 60 == 0:
+        return f"{int(seconds) // 60}m"
+    return f"{_plain(shortest.scaleb(3))}ms" if 0 < seconds < 1 else f"{_plain(shortest)}s"
 
 
 def format_size(size: int) -> str:
     """The largest binary unit that divides ``size``."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size and size % scale == 0:
-            return f"{size // scale}{unit}"
+    for unit in ("GiB", "MiB", "KiB"):
+        if size and size % _BYTES[unit] == 0:
+            return f"{size // int(_BYTES[unit])}{unit}"
     return str(size)
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration), PlainSerializer(format_duration, when_used="json")]
-Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(format_size, when_used="json")]
+def _plain(number: Decimal) -> str:
+    """Digits without an exponent and without zeros at the end."""
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _schema(units: Mapping[str, Fraction], example: str) -> dict[str, Any]:
+    pattern = rf"^\s*[0-9]+(\.[0-9]+)?\s*({'|'.join(units)})?\s*$"
+    return {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": pattern}], "examples": [example]}
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    PlainSerializer(format_duration, when_used="json"),
+    WithJsonSchema(_schema(_SECONDS, "500ms")),
+]
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(format_size, when_used="json"),
+    WithJsonSchema(_schema(_BYTES, "64MiB")),
+]

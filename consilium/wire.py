@@ -1,6 +1,6 @@
 """Tensors as raw little-endian bytes with dtype and shape, checked before anything is allocated.
 
-Decoded tensors are read-only views of the received bytes: nothing is copied.
+Decoded tensors are read-only views of the received bytes, which are taken out of the message once.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ WIRE_DTYPES = {
 }
 TORCH_DTYPES = {code: dtype for dtype, code in WIRE_DTYPES.items()}
 
+# What the configuration's `dtype` means.
+ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 # Received bytes are immutable and our tensors over them are never written to; torch warns once a process.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -36,7 +39,7 @@ def encode_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
     code = WIRE_DTYPES.get(tensor.dtype)
     if code is None:
         raise WireError(f"a {tensor.dtype} tensor does not travel; convert it to one of {list(WIRE_DTYPES)}")
-    pattern = tensor.contiguous().view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    pattern = tensor.contiguous().reshape(-1).view(torch.uint8)
     return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, data=pattern.numpy().tobytes())
 
 
@@ -51,12 +54,21 @@ def decode_tensor(message: tensor_pb2.Tensor, name: str, dtype: torch.dtype, sha
     if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise WireError(f"{name}: expected shape [{wanted}], found {list(found)}")
+    data = message.data  # once: protobuf copies the bytes at every access
     size = math.prod(found) * dtype.itemsize
-    if len(message.data) != size:
-        raise WireError(f"{name}: {list(found)} {dtype} takes {size} bytes, found {len(message.data)}")
+    if len(data) != size:
+        raise WireError(f"{name}: {list(found)} {dtype} takes {size} bytes, found {len(data)}")
     if size == 0:
-        return torch.empty(found, dtype=dtype)
-    return torch.from_numpy(np.frombuffer(message.data, dtype=np.uint8)).view(dtype).view(found)
+        return _empty(name, dtype, found)
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8)).view(dtype).view(found)
+
+
+def _empty(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor without elements; its other lengths may still be a lie that torch cannot hold."""
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError:
+        raise WireError(f"{name}: shape {list(shape)} is too large") from None
 
 
 def _dtype_name(code: int) -> str:

@@ -128,6 +128,7 @@ class EngineStats:
     step_seconds: float = 0.0
     prompt_tokens: int = 0  # computed in this step
     generated_tokens: int = 0
+    preemptions: int = 0
     workers: list[WorkerStats] = field(default_factory=list)
 
 
@@ -166,7 +167,8 @@ ToEngine = Generate | Abort | Drain
 ToHttp = Step | Status
 Message = Annotated[ToEngine | ToHttp, Field(discriminator="type")]
 
-_MESSAGE: TypeAdapter[ToEngine | ToHttp] = TypeAdapter(Message)
+# A log-probability may be -Infinity, which JSON would otherwise turn into null.
+_MESSAGE: TypeAdapter[ToEngine | ToHttp] = TypeAdapter(Message, config=ConfigDict(ser_json_inf_nan="constants"))
 
 
 def pack(message: ToEngine | ToHttp) -> bytes:

@@ -33,9 +33,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        architecture = (config.get("architectures") or [None])[0]
+        named = config.get("architectures")
+        architecture = named[0] if isinstance(named, list) and named else model_type
         raise CheckpointError(
-            f"architecture {architecture or model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            f"config.json: architecture {architecture!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
     return family
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from consilium.errors import CheckpointError
+from consilium.config_json import int_list, optional, optional_size, require_size
 from consilium.families.names import ExpertLayout, Names
-from consilium.model_config import ModelConfig, optional, parse_common, require
+from consilium.model_config import ModelConfig, parse_common
 
 _MLP = "model.layers.{layer}.mlp"
 
@@ -26,23 +26,30 @@ NAMES = Names(
 )
 
 
+# What transformers' Qwen3MoeConfig takes for a key that config.json leaves out.
+DEFAULTS = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "num_key_value_heads": 4, "sliding_window": 4096}
+
+
 def parse(config: Mapping[str, Any]) -> ModelConfig:
-    """config.json of a Qwen3MoeForCausalLM."""
+    """config.json of a Qwen3MoeForCausalLM.
+
+    A sliding window is that of every layer: the model code reads neither `max_window_layers` nor `layer_types`.
+    """
+    config = {**DEFAULTS, **config}
     common = parse_common(config)
     layers = common["num_layers"]
-    step = optional(config, "decoder_sparse_step", 1)
-    if step < 1:
-        raise CheckpointError(f"config.json: decoder_sparse_step must be at least 1, found {step}")
-    dense_layers: list[int] = optional(config, "mlp_only_layers", [])
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    step = optional_size(config, "decoder_sparse_step") or 1
+    dense_layers = set(int_list(config, "mlp_only_layers"))
+    moe_layers = tuple(layer not in dense_layers and (layer + 1) % step == 0 for layer in range(layers))
+    window = optional_size(config, "sliding_window") if optional(config, "use_sliding_window", False) else None
     return ModelConfig(
         family="qwen3_moe",
         # transformers 5 writes the one as the other
-        num_experts=require(config, "num_local_experts" if "num_local_experts" in config else "num_experts", int),
-        top_k=require(config, "num_experts_per_tok", int),
-        expert_size=require(config, "moe_intermediate_size", int),
-        moe_layers=tuple(layer not in dense_layers and (layer + 1) % step == 0 for layer in range(layers)),
-        dense_size=require(config, "intermediate_size", int),
+        num_experts=require_size(config, "num_local_experts" if "num_local_experts" in config else "num_experts"),
+        top_k=require_size(config, "num_experts_per_tok"),
+        expert_size=require_size(config, "moe_intermediate_size"),
+        moe_layers=moe_layers,
+        dense_size=0 if all(moe_layers) else require_size(config, "intermediate_size"),
         normalize_top_k=optional(config, "norm_topk_prob", False),
         qk_norm=True,
         attention_bias=optional(config, "attention_bias", False),
