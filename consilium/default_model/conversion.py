@@ -1,0 +1,147 @@
+"""A dense llama model as llama.cpp stores it, rewritten tensor by tensor in Mixtral's format.
+
+A dense FFN is a sum over its F neurons, so any split of the neurons into groups is a sum over groups. Each group
+becomes an expert. With a gate of zeros every expert gets the weight 1/E exactly (E a power of two), all E are chosen,
+and the down projections times E make up for it: the outputs equal the dense model's up to the order of summation.
+
+Letters: D hidden size, H heads, d head size, F FFN size, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from consilium.default_model.gguf_file import Array, GgufFile
+from consilium.errors import CheckpointError
+from consilium.families.mixtral import NAMES
+
+NUM_EXPERTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DenseShape:
+    """The shape of the dense model, from the file's metadata."""
+
+    num_layers: int
+    hidden_size: int  # D
+    dense_size: int  # F
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    rope_theta: float
+    rms_norm_eps: float
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+def read_shape(gguf: GgufFile) -> DenseShape:
+    """The shape of a llama model. Raises CheckpointError for another architecture or metadata that is missing."""
+    architecture = gguf.value("general.architecture", str)
+    if architecture != "llama":
+        raise CheckpointError(f"expected a GGUF file of the architecture llama, found {architecture}")
+    return DenseShape(
+        num_layers=gguf.value("llama.block_count", int),
+        hidden_size=gguf.value("llama.embedding_length", int),
+        dense_size=gguf.value("llama.feed_forward_length", int),
+        num_heads=gguf.value("llama.attention.head_count", int),
+        num_kv_heads=gguf.value("llama.attention.head_count_kv", int),
+        head_dim=gguf.value("llama.rope.dimension_count", int),
+        vocab_size=gguf.value("llama.vocab_size", int),
+        max_position=gguf.value("llama.context_length", int),
+        rope_theta=gguf.value("llama.rope.freq_base", float),
+        # The file has float32; the shortest decimal of it is what the authors wrote (1e-05).
+        rms_norm_eps=float(str(np.float32(gguf.value("llama.attention.layer_norm_rms_epsilon", float)))),
+        bos_token_id=gguf.value("tokenizer.ggml.bos_token_id", int),
+        eos_token_id=gguf.value("tokenizer.ggml.eos_token_id", int),
+        pad_token_id=gguf.value("tokenizer.ggml.padding_token_id", int),
+    )
+
+
+def mixtral_config(shape: DenseShape) -> dict[str, Any]:
+    """The config.json of the converted model."""
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.dense_size // NUM_EXPERTS,
+        "num_local_experts": NUM_EXPERTS,
+        "num_experts_per_tok": NUM_EXPERTS,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.max_position,
+        "rope_theta": shape.rope_theta,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "output_router_logits": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": shape.bos_token_id,
+        "eos_token_id": shape.eos_token_id,
+        "pad_token_id": shape.pad_token_id,
+        "torch_dtype": "float32",
+    }
+
+
+def outer_tensors(gguf: GgufFile) -> Iterator[tuple[str, Array]]:
+    """Names and values of the tensors that belong to no layer; the head is the embedding."""
+    yield NAMES.embed, gguf.tensor("token_embd.weight")  # [V, D]
+    yield NAMES.final_norm, gguf.tensor("output_norm.weight")  # [D]
+
+
+def layer_tensors(gguf: GgufFile, shape: DenseShape, layer: int) -> Iterator[tuple[str, Array]]:
+    """Names and values of one layer's tensors in Mixtral's format."""
+
+    def read(name: str) -> Array:
+        return gguf.tensor(f"blk.{layer}.{name}.weight")
+
+    def name(template: str, suffix: str = "") -> str:
+        return template.format(layer=layer) + suffix
+
+    yield name(NAMES.input_norm), read("attn_norm")  # [D]
+    yield name(NAMES.q_proj, ".weight"), unpermute_heads(read("attn_q"), shape.num_heads)  # [H*d, D]
+    yield name(NAMES.k_proj, ".weight"), unpermute_heads(read("attn_k"), shape.num_kv_heads)
+    yield name(NAMES.v_proj, ".weight"), read("attn_v")
+    yield name(NAMES.o_proj, ".weight"), read("attn_output")  # [D, H*d]
+    yield name(NAMES.post_norm), read("ffn_norm")  # [D]
+    yield name(NAMES.router), np.zeros((NUM_EXPERTS, shape.hidden_size), np.float32)  # [E, D]
+    layout = NAMES.experts[0]
+    experts = split_ffn(read("ffn_gate"), read("ffn_up"), read("ffn_down"), NUM_EXPERTS)
+    for expert, (gate, up, down) in enumerate(experts):
+        yield layout.gate.format(layer=layer, expert=expert), gate
+        yield layout.up.format(layer=layer, expert=expert), up
+        yield layout.down.format(layer=layer, expert=expert), down
+
+
+def unpermute_heads(weight: Array, heads: int) -> Array:
+    """Query or key rows [H*d, D] in the order of Hugging Face's rotary embedding.
+
+    llama.cpp rotates neighbouring rows of a head, Hugging Face row i with row i + d/2: llama.cpp's converter
+    interleaves the two halves of each head, and this undoes it.
+    """
+    rows, hidden = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, hidden)  # [H, d/2, 2, D]
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, hidden)  # [H, 2, d/2, D]
+
+
+def split_ffn(gate: Array, up: Array, down: Array, experts: int) -> Iterator[tuple[Array, Array, Array]]:
+    """A dense FFN (gate, up [F, D], down [D, F]) as experts of equal size: gate, up [F/E, D], down [D, F/E].
+
+    Their mean equals the dense output, because each down projection is E times its part of the dense one.
+    Raises CheckpointError where the neurons cannot be shared evenly.
+    """
+    if gate.shape[0] % experts:
+        raise CheckpointError(f"an FFN of {gate.shape[0]} neurons does not split into {experts} equal experts")
+    down_parts = np.split(down, experts, axis=1)
+    for gate_part, up_part, down_part in zip(np.split(gate, experts), np.split(up, experts), down_parts, strict=True):
+        yield gate_part, up_part, np.ascontiguousarray(down_part * np.float32(experts))
