@@ -150,7 +150,8 @@ def _explain(error: dict[str, Any], variables: Mapping[tuple[str, ...], str]) ->
     """One line for one pydantic error: the dotted key, where it came from, what is wrong, what to write instead."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
-    source = next((f" (from {name})" for path, name in variables.items() if tuple(location[: len(path)]) == path), "")
+    pairs = [(name, zip(path, location, strict=False)) for path, name in variables.items()]
+    source = next((f" (from {name})" for name, parts in pairs if all(a == b for a, b in parts)), "")
     if error["type"] == "extra_forbidden":
         known = list(_schema_at(location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
