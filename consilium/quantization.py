@@ -38,7 +38,8 @@ def quantize_rows(x: Tensor) -> Quantized:
     x = x.float()  # [T, D]
     if x.numel() == 0:
         return Quantized(x.to(torch.int8), x.new_zeros(x.shape[0]))
-    scales = x.abs().amax(dim=1) / LEVELS  # [T]
+    levels = x.new_full((), LEVELS)  # a tensor, since torch divides by a Python number with its inverse on GPUs
+    scales = x.abs().amax(dim=1) / levels  # [T]
     smallest, largest = torch.aminmax(scales)  # NaN when any is
     if smallest < _SMALLEST_SCALE or not largest < torch.inf:
         return _quantize_odd_rows(x, scales)
