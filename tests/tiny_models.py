@@ -47,8 +47,10 @@ def _save(folder: Path, architecture: Any, config: Any) -> Path:
     model = architecture(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # ones hide a norm that is left out
+            if "norm" in name:  # ones hide a norm that is left out, zeros a bias
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)
     save_tokenizer(folder, config.vocab_size)
     return folder

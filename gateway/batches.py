@@ -1,0 +1,42 @@
+"""Which rows go to which expert, and how what comes back becomes one row again. Pure; no I/O.
+
+Letters: T tokens of the step, D hidden size, K experts per token, M experts asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from consilium.gate import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBatches:
+    """The (token, expert) pairs of a layer, sorted by expert, then by token."""
+
+    rows: Tensor  # [T, D] the token rows that pairs point into
+    experts: NDArray[np.int64]  # [M] ascending
+    offsets: NDArray[np.int64]  # [M + 1] where the pairs of each expert begin
+    slots: NDArray[np.int64]  # [T * K] place t * K + k of each pair in the output
+    tokens: NDArray[np.int64]  # [T * K] row of each pair
+
+
+def group_by_expert(x: Tensor, routing: Routing) -> ExpertBatches:
+    """Sort the pairs of ``routing`` by expert; pairs of one expert keep the order of their tokens."""
+    ids = routing.ids.numpy().reshape(-1)  # [T * K]
+    slots = np.argsort(ids, kind="stable")
+    experts, starts = np.unique(ids[slots], return_index=True)
+    return ExpertBatches(x, experts, np.append(starts, ids.size), slots, slots // routing.ids.shape[1])
+
+
+def combine(outputs: Tensor, routing: Routing) -> Tensor:
+    """Weighted sum of outputs [T * K, D] over K, one expert after the other in ascending id -> [T, D] float32."""
+    weighted = outputs.view(*routing.ids.shape, -1) * routing.weights[:, :, None]  # [T, K, D]
+    total = weighted[:, 0]
+    for k in range(1, weighted.shape[1]):
+        total = total + weighted[:, k]
+    return total

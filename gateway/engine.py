@@ -1,0 +1,149 @@
+"""The engine: takes sequences, runs the model over them step by step, and says what came out.
+
+Letters: T rows of the step, D hidden size, V vocabulary, S sequences that get a token.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from consilium.errors import ConsiliumError
+from gateway.attention import Batch, Segment
+from gateway.dispatcher import Dispatcher
+from gateway.mailbox import Mailbox
+from gateway.messages import EngineStats, Generate, Output, Step, TokenLogprobs
+from gateway.model import Model
+from gateway.sampler import sample, token_logprobs
+from gateway.scheduler import Scheduler, Work
+from gateway.sequence import Sequence
+
+LOGIT_ROWS = 64  # most prompt rows whose logits exist at once: with a vocabulary of 150k they take 38 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One model and everything that runs on it."""
+
+    model: Model
+    scheduler: Scheduler
+    dispatcher: Dispatcher
+    mailbox: Mailbox
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, request: Generate) -> None:
+        """Queue a new sequence."""
+        self.scheduler.add(Sequence.start(request))
+
+    def step(self) -> Step:
+        """Compute the next tokens of every scheduled sequence, and take out those that have ended."""
+        started = time.monotonic()
+        ended = self.scheduler.reap()  # aborted or refused before they ran
+        work = self.scheduler.schedule()
+        prompt_tokens = sum(each.length for each in work if not each.sequence.generated)
+        outputs = self._run(work) if work else {}
+        for sequence in ended + self.scheduler.reap():
+            outputs[sequence.id] = replace(
+                outputs.get(sequence.id) or sequence.news(),
+                finish_reason=sequence.finish_reason,
+                stop_reason=sequence.stop_reason,
+                failure=sequence.failure,
+            )
+        stats = replace(
+            self.stats(),
+            step_seconds=time.monotonic() - started,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=sum(each.token is not None for each in outputs.values()),
+        )
+        return Step(list(outputs.values()), stats)
+
+    def stats(self) -> EngineStats:
+        """The engine's state, and what its workers did since the last call."""
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_tokens_used=self.scheduler.pool.used_tokens,
+            kv_tokens_total=self.scheduler.pool.total_tokens,
+            preemptions=self.scheduler.take_preemptions(),
+            workers=self.dispatcher.take_stats(),
+        )
+
+    def _run(self, work: list[Work]) -> dict[int, Output]:
+        """One pass of the model, and the news of each sequence by its id."""
+        batch = self._batch(work)
+        hidden = self.mailbox.drive(self.model.forward(batch))  # [T, D]
+        outputs: dict[int, Output] = {}
+        due: list[tuple[Sequence, int]] = []  # with the row that predicts the next token
+        for each, segment in zip(work, batch.segments, strict=True):
+            sequence, rows = each.sequence, range(segment.row, segment.row + segment.length)
+            failed = next((row for row in rows if row in batch.failures), None)
+            if failed is not None:
+                sequence.fail(batch.failures[failed])
+                continue
+            prompt_logprobs = self._prompt_logprobs(sequence, hidden[rows.start : rows.stop])
+            sequence.computed += each.length
+            if prompt_logprobs is not None:
+                outputs[sequence.id] = replace(sequence.news(), prompt_logprobs=prompt_logprobs)
+            if not sequence.uncomputed and not sequence.finish_reason:
+                due.append((sequence, rows.stop - 1))
+        return outputs | self._choose(due, hidden, outputs)
+
+    def _batch(self, work: list[Work]) -> Batch:
+        tokens: list[int] = []
+        segments: list[Segment] = []
+        for each in work:
+            start, cache = each.sequence.computed, each.sequence.cache
+            if cache is None:
+                raise AssertionError("a scheduled sequence has a cache")
+            segments.append(Segment(cache, len(tokens), each.length, start))
+            tokens += each.sequence.tokens[start : start + each.length]
+        return self.model.batch(tokens, segments)
+
+    def _choose(self, due: list[tuple[Sequence, int]], hidden: Tensor, outputs: dict[int, Output]) -> dict[int, Output]:
+        """The next token of every sequence that is computed to its end."""
+        due = [(sequence, row) for sequence, row in due if not _prefill_only(sequence)]
+        if not due:
+            return {}
+        logits = self.model.logits(hidden[[row for _, row in due]])  # [S, V]
+        chosen: dict[int, Output] = {}
+        for (sequence, _), row in zip(due, logits, strict=True):
+            if not bool(torch.isfinite(row).all()):
+                sequence.fail(ConsiliumError("the model gave numbers that are not finite; its weights may be damaged"))
+                continue
+            token = sample(row, sequence, self.eos_token_ids)
+            sequence.append(token, self.eos_token_ids)
+            count = sequence.sampling.logprobs
+            logprobs = None if count is None else token_logprobs(torch.log_softmax(row, dim=-1), token, count)
+            news = outputs.get(sequence.id) or sequence.news()
+            chosen[sequence.id] = replace(news, token=token, logprobs=logprobs)
+        return chosen
+
+    def _prompt_logprobs(self, sequence: Sequence, hidden: Tensor) -> list[TokenLogprobs] | None:
+        """What a chunk's hidden states [n, D] say of the prompt tokens that follow them; None where not asked for."""
+        count, start = sequence.sampling.prompt_logprobs, sequence.computed
+        first = max(start, sequence.prompt_reported - 1)  # after a preemption some were reported before
+        stop = min(start + len(hidden), sequence.prompt_length - 1)
+        if count is None or first >= stop:
+            return None
+        reports: list[TokenLogprobs] = []
+        for begin in range(first, stop, LOGIT_ROWS):
+            end = min(begin + LOGIT_ROWS, stop)
+            rows = torch.log_softmax(self.model.logits(hidden[begin - start : end - start]), dim=-1)
+            targets = sequence.tokens[begin + 1 : end + 1]
+            reports += [token_logprobs(row, token, count) for row, token in zip(rows, targets, strict=True)]
+        sequence.prompt_reported = stop + 1
+        return reports
+
+
+def _prefill_only(sequence: Sequence) -> bool:
+    """Whether no token was asked for; then it has ended."""
+    if sequence.sampling.max_tokens == 0:
+        sequence.finish_reason = "length"
+    return sequence.sampling.max_tokens == 0

@@ -1,0 +1,188 @@
+"""The engine's process: started by the HTTP process, which speaks to it over an inherited unix socket.
+
+Two threads: this one computes, and blocks in its mailbox when there is nothing to compute; the I/O thread runs
+asyncio for the socket's incoming messages and for the workers' connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from consilium.checkpoint import Checkpoint
+from consilium.config import Config
+from consilium.errors import ConsiliumError
+from consilium.models import resolve_model
+from consilium.telemetry import setup_logging
+from consilium.wire import ROW_DTYPES, WIRE_DTYPES
+from gateway.dispatcher import Dispatcher
+from gateway.engine import Engine
+from gateway.kv_cache import KVPool
+from gateway.mailbox import Mailbox
+from gateway.messages import LENGTH_BYTES, Abort, Generate, Status, ToHttp, pack, unpack
+from gateway.model import Model
+from gateway.placement import describe_missing
+from gateway.scheduler import Scheduler
+from gateway.worker_connection import Expectations
+from gateway.worker_pool import View, WorkerPool
+
+log = logging.getLogger(__name__)
+
+SEND_TIMEOUT = 60.0  # seconds that the HTTP process may read nothing before it counts as gone
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The HTTP process is gone, or does not need the engine any more."""
+
+
+class EngineProcess:
+    """Everything in the process, wired together."""
+
+    def __init__(self, link: socket.socket, config: Config) -> None:
+        self._link = link
+        # asyncio makes the socket non-blocking for both threads; with a timeout this one waits for room all the same.
+        self._link.settimeout(SEND_TIMEOUT)
+        self._config = config
+        self._checkpoint = Checkpoint(resolve_model(config.model))
+        dtype = ROW_DTYPES[config.dtype]
+        int8 = config.quantization == "int8"
+        self._mailbox = Mailbox(self._handle)
+        self._dispatcher = Dispatcher(dtype, int8=int8, layer_timeout=config.gateway.layer_timeout)
+        pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
+        self._engine = Engine(
+            Model(self._checkpoint, dtype, self._dispatcher),
+            Scheduler(pool, config.gateway.max_running, config.gateway.max_step_tokens),
+            self._dispatcher,
+            self._mailbox,
+            self._checkpoint.config.eos_token_ids,
+        )
+        self._status: Status | None = None
+        self._closed = False
+
+    def run(self) -> None:
+        """Serve until the HTTP process closes the socket."""
+        io = threading.Thread(target=lambda: asyncio.run(self._io()), name="io", daemon=True)
+        io.start()
+        while not self._closed:
+            while self._mailbox.receive(0 if self._engine.has_work else None) and not self._closed:
+                pass
+            if self._engine.has_work and not self._closed:
+                self._send(self._engine.step())
+
+    # -- this thread ---------------------------------------------------------------------------------------------
+
+    def _handle(self, event: object) -> None:
+        """One event from the mailbox; also between the layers of a step."""
+        match event:
+            case Generate():
+                self._engine.add(event)
+            case Abort(id=sequence_id):
+                self._engine.scheduler.abort(sequence_id)
+            case View():
+                self._dispatcher.placement, self._dispatcher.workers = event.placement, event.workers
+                self._report(event)
+            case Closed():
+                self._closed = True
+            case _:
+                raise AssertionError(f"unknown event {event!r}")
+
+    def _report(self, view: View) -> None:
+        missing = view.placement.missing(self._checkpoint.config)
+        status = Status(
+            ready=not missing,
+            detail=describe_missing(missing) if missing else "ready",
+            workers=view.statuses,
+            kv_tokens_total=self._engine.scheduler.pool.total_tokens,
+        )
+        if status != self._status:
+            self._status = status
+            log.info("%s", status.detail)
+            self._send(status)
+
+    def _send(self, message: ToHttp) -> None:
+        try:
+            self._link.sendall(pack(message))
+        except OSError:
+            self._closed = True
+
+    # -- the I/O thread ------------------------------------------------------------------------------------------
+
+    async def _io(self) -> None:
+        checkpoint, config = self._checkpoint, self._config
+        expectations = Expectations(
+            model_fingerprint=checkpoint.fingerprint,
+            quantization=config.quantization,
+            row_dtype=WIRE_DTYPES[ROW_DTYPES[config.dtype]],
+            hidden_size=checkpoint.config.hidden_size,
+        )
+        pool = WorkerPool(config.experts, checkpoint.config, expectations, self._mailbox)
+        following = asyncio.ensure_future(pool.run())
+        reading = asyncio.ensure_future(self._read())
+        try:
+            await asyncio.wait([following, reading], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            following.cancel()
+            reading.cancel()
+            for outcome in await asyncio.gather(following, reading, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    log.error("the I/O thread failed", exc_info=outcome)
+            self._mailbox.post(Closed())
+
+    async def _read(self) -> None:
+        """Messages of the HTTP process, until it closes the socket."""
+        reader, _ = await asyncio.open_unix_connection(sock=self._link.dup())
+        try:
+            while True:
+                length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
+                self._mailbox.post(unpack(await reader.readexactly(length)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+
+
+def read_config(link: socket.socket) -> Config:
+    """The first frame on the socket. Raises EOFError when the other side is gone."""
+    length = int.from_bytes(_read_exactly(link, LENGTH_BYTES), "little")
+    return Config.model_validate_json(_read_exactly(link, length))
+
+
+def _read_exactly(link: socket.socket, length: int) -> bytes:
+    received = b""
+    while len(received) < length:
+        part = link.recv(length - len(received))
+        if not part:
+            raise EOFError
+        received += part
+    return received
+
+
+def main(argv: list[str]) -> int:
+    """`python -m gateway.engine_process FD`."""
+    # Ctrl-C reaches the whole terminal group: the HTTP process decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    link = socket.socket(fileno=int(argv[0]))
+    try:
+        config = read_config(link)
+        setup_logging("engine", config.log.level)
+        if config.gateway.threads:
+            torch.set_num_threads(config.gateway.threads)
+        with torch.inference_mode():
+            EngineProcess(link, config).run()
+    except ConsiliumError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except EOFError:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

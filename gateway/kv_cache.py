@@ -1,0 +1,86 @@
+"""Keys and values: one contiguous tensor per sequence, and the accounting that bounds them all.
+
+Gathering pages would copy the cache at every step on a CPU. A sequence's tensor instead has room for its longest
+possible length from the start; the system commits its memory page by page as positions are written, and the pool
+counts those in blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consilium.errors import ConfigError
+from consilium.model_config import ModelConfig
+from consilium.units import format_size
+
+BLOCK = 16  # tokens; accounting only
+
+
+@dataclass(slots=True)
+class KVCache:
+    """Keys and values of one sequence: [L, 2, Hkv, capacity, d], of which ``blocks`` are paid for."""
+
+    data: Tensor
+    blocks: int
+
+    @property
+    def committed(self) -> int:
+        """Positions that may be written."""
+        return self.blocks * BLOCK
+
+
+class KVPool:
+    """Hands out caches within a memory budget."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, memory: int) -> None:
+        self._shape = (config.num_layers, 2, config.num_kv_heads)
+        self._head_dim = config.head_dim
+        self._dtype = dtype
+        bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+        self.total_blocks = memory // (bytes_per_token * BLOCK)
+        self.free_blocks = self.total_blocks
+        if not self.total_blocks:
+            needed = format_size(bytes_per_token * BLOCK)
+            raise ConfigError(f"gateway.kv_cache_memory: one block of {BLOCK} tokens takes {needed}; allow more")
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_blocks * BLOCK
+
+    @property
+    def used_tokens(self) -> int:
+        return (self.total_blocks - self.free_blocks) * BLOCK
+
+    def can_hold(self, tokens: int) -> bool:
+        """Whether ``tokens`` positions are free now."""
+        return blocks_for(tokens) <= self.free_blocks
+
+    def allocate(self, tokens: int, capacity: int) -> KVCache:
+        """A cache with ``tokens`` positions paid for and address space for ``capacity``."""
+        blocks = blocks_for(tokens)
+        self.free_blocks -= blocks
+        data = torch.empty((*self._shape, capacity, self._head_dim), dtype=self._dtype)
+        return KVCache(data, blocks)
+
+    def grow(self, cache: KVCache, tokens: int) -> bool:
+        """Pay for ``tokens`` positions in all; False, with nothing changed, when there is no room."""
+        more = blocks_for(tokens) - cache.blocks
+        if more > self.free_blocks:
+            return False
+        if more > 0:
+            cache.blocks += more
+            self.free_blocks -= more
+        return True
+
+    def free(self, cache: KVCache) -> None:
+        """Take back everything a cache was given."""
+        self.free_blocks += cache.blocks
+        cache.blocks = 0
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold ``tokens`` positions."""
+    return -(-tokens // BLOCK)

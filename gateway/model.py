@@ -1,0 +1,93 @@
+"""A decoder-only transformer whose expert layers are elsewhere. Reads every tensor but the experts'.
+
+Letters: T rows of the step, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as nn
+from torch import Tensor
+
+from consilium.checkpoint import Checkpoint
+from gateway.attention import Attention, Batch, Segment
+from gateway.dispatcher import Dispatcher
+from gateway.moe_layer import MoELayer
+from gateway.rope import Rope
+
+
+class FeedForward(Protocol):
+    """What stands behind the attention of a layer."""
+
+    async def forward(self, x: Tensor, batch: Batch) -> Tensor: ...
+
+
+class DenseLayer:
+    """The FFN of a layer that does not route (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> None:
+        gate, up, down = checkpoint.dense(layer)
+        self._gate, self._up, self._down = gate.to(dtype), up.to(dtype), down.to(dtype)
+
+    async def forward(self, x: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002 (the protocol's; nothing can fail here)
+        """[T, D] -> [T, D]."""
+        return nn.linear(nn.silu(nn.linear(x, self._gate)) * nn.linear(x, self._up), self._down)
+
+
+class Block:
+    """Attention, then feed-forward, each on the normed residual stream."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, dispatcher: Dispatcher) -> None:
+        config, names = checkpoint.config, checkpoint.names
+        self._input_norm = _norm_weight(checkpoint, names.input_norm.format(layer=layer), dtype)
+        self._post_norm = _norm_weight(checkpoint, names.post_norm.format(layer=layer), dtype)
+        self._eps = config.rms_norm_eps
+        self._attention = Attention(checkpoint, layer, dtype)
+        self._feed_forward: FeedForward = (
+            MoELayer(checkpoint, layer, dispatcher)
+            if config.moe_layers[layer]
+            else DenseLayer(checkpoint, layer, dtype)
+        )
+
+    async def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """[T, D] -> [T, D]."""
+        x = x + self._attention.forward(nn.rms_norm(x, x.shape[1:], self._input_norm, self._eps), batch)
+        return x + await self._feed_forward.forward(nn.rms_norm(x, x.shape[1:], self._post_norm, self._eps), batch)
+
+
+class Model:
+    """Embedding, blocks, final norm and head."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, dispatcher: Dispatcher) -> None:
+        config, names = checkpoint.config, checkpoint.names
+        shape = (config.vocab_size, config.hidden_size)
+        self._embed = checkpoint.tensor(names.embed, shape).to(dtype)  # [V, D]
+        self._head = self._embed if config.tie_embeddings else checkpoint.tensor(names.head, shape).to(dtype)
+        self._norm = _norm_weight(checkpoint, names.final_norm, dtype)
+        self._eps, self._dtype, self._rope = config.rms_norm_eps, dtype, Rope(config)
+        self._blocks = [Block(checkpoint, layer, dtype, dispatcher) for layer in range(config.num_layers)]
+
+    def batch(self, tokens: list[int], segments: list[Segment]) -> Batch:
+        """The rows of one step; ``tokens`` are those of the segments, one after the other."""
+        positions = torch.cat([torch.arange(each.position, each.position + each.length) for each in segments])
+        cos, sin = self._rope.tables(positions, self._dtype)
+        return Batch(torch.tensor(tokens), segments, cos, sin)
+
+    async def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [T, D] after the final norm. Stops early once every row has failed."""
+        x = self._embed[batch.tokens]
+        for block in self._blocks:
+            x = await block.forward(x, batch)
+            if len(batch.failures) == len(batch.tokens):
+                break
+        return nn.rms_norm(x, x.shape[1:], self._norm, self._eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, D] -> [T, V] float32."""
+        return nn.linear(hidden, self._head).float()
+
+
+def _norm_weight(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+    return checkpoint.tensor(name, (checkpoint.config.hidden_size,)).to(dtype)

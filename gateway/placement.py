@@ -1,0 +1,81 @@
+"""Which worker holds which experts, and which of them computes what. Pure; no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from consilium.model_config import ModelConfig
+
+# Reading an expert's weights costs a worker about as much as computing this many rows of it.
+EXPERT_COST = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The addresses of the workers that hold each expert; one immutable view, replaced as a whole."""
+
+    holders: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)  # (layer, expert) to addresses
+
+    def missing(self, config: ModelConfig) -> list[tuple[int, int]]:
+        """The experts (layer, expert) that nobody holds, ascending."""
+        wanted = ((layer, expert) for layer in config.expert_layers() for expert in range(config.num_experts))
+        return [each for each in wanted if not self.holders.get(each)]
+
+
+def build_placement(held: Mapping[str, Iterable[tuple[int, int]]]) -> Placement:
+    """The placement of workers (by address) that hold these experts."""
+    holders: dict[tuple[int, int], list[str]] = {}
+    for address in sorted(held):
+        for expert in held[address]:
+            holders.setdefault(expert, []).append(address)
+    return Placement({expert: tuple(addresses) for expert, addresses in holders.items()})
+
+
+def describe_missing(missing: Sequence[tuple[int, int]]) -> str:
+    """One short sentence naming experts that nobody holds."""
+    layers: dict[tuple[int, ...], list[int]] = {}
+    for layer in sorted({layer for layer, _ in missing}):
+        experts = tuple(expert for each, expert in missing if each == layer)
+        layers.setdefault(experts, []).append(layer)
+    parts = [f"experts {_ranges(experts)} of layers {_ranges(where)}" for experts, where in layers.items()]
+    more = f" and {len(parts) - 3} more such groups" if len(parts) > 3 else ""
+    return f"no worker holds {', '.join(parts[:3])}{more}"
+
+
+def assign(
+    pairs: Mapping[int, int], holders: Mapping[int, tuple[str, ...]], turn: int
+) -> tuple[dict[str, list[int]], list[int]]:
+    """Give each expert to one of its holders, so that the busiest worker has little more than the others.
+
+    ``pairs`` says how many rows each expert has, ``holders`` who may take it. Large experts are placed first, each
+    with the worker that has least so far (Graham's longest processing time); ``turn`` rotates ties, so that replicas
+    share the load of many small steps. Returns the experts of each address, ascending, and those nobody can take.
+    """
+    plan: dict[str, list[int]] = {}
+    cost: dict[str, int] = {}
+    orphans: list[int] = []
+    for expert in sorted(pairs, key=lambda each: (len(holders.get(each, ())) > 1, -pairs[each], each)):
+        candidates = holders.get(expert, ())
+        if not candidates:
+            orphans.append(expert)
+            continue
+        shift = turn % len(candidates)
+        address = min(candidates[shift:] + candidates[:shift], key=lambda each: cost.get(each, 0))
+        plan.setdefault(address, []).append(expert)
+        cost[address] = cost.get(address, 0) + EXPERT_COST + pairs[expert]
+    return {address: sorted(experts) for address, experts in plan.items()}, sorted(orphans)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2,5``."""
+    parts: list[str] = []
+    start = previous = numbers[0]
+    for number in [*numbers[1:], None]:
+        if number is not None and number == previous + 1:
+            previous = number
+            continue
+        parts.append(str(start) if start == previous else f"{start}-{previous}")
+        if number is not None:
+            start = previous = number
+    return ",".join(parts)

@@ -1,0 +1,195 @@
+"""The gRPC connection to one worker: Describe, then one long-lived Forward stream, again and again until closed.
+
+Everything here runs on the I/O thread, except :meth:`WorkerConnection.send`, which the engine's thread calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from consilium.config import ExpertGroupConfig
+from consilium.errors import ConfigError, ConsiliumError, ExpertUnavailable
+from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
+from consilium.rpc import channel_options, from_call_error, from_rpc_error
+from gateway.dispatcher import Reply
+from gateway.mailbox import Completion, Mailbox
+from protos.expert.v1 import expert_pb2, expert_pb2_grpc
+from protos.tensor.v1 import tensor_pb2
+
+if TYPE_CHECKING:  # the class takes no parameters at run time
+    _Stream = grpc.aio.StreamStreamCall[expert_pb2.ForwardRequest, expert_pb2.ForwardResponse]
+
+log = logging.getLogger(__name__)
+
+DESCRIBE_TIMEOUT = 5.0  # seconds
+FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0  # seconds between attempts to connect
+
+
+@dataclass(frozen=True, slots=True)
+class Expectations:
+    """What every worker of this deployment must be like."""
+
+    model_fingerprint: str
+    quantization: str
+    row_dtype: tensor_pb2.DType.ValueType
+    hidden_size: int
+
+    def check(self, description: expert_pb2.DescribeResponse) -> None:
+        """Raises ConfigError that says what differs and which of the two sides says what."""
+        for what, ours, theirs in (
+            ("protocol version", PROTOCOL_VERSION, description.protocol_version),
+            ("model fingerprint", self.model_fingerprint[:16], description.model_fingerprint[:16]),
+            ("quantization", self.quantization, description.quantization),
+            ("row dtype", self.row_dtype, description.row_dtype),
+            ("hidden size", self.hidden_size, description.hidden_size),
+        ):
+            if ours != theirs:
+                raise ConfigError(f"not used: its {what} is {theirs}, this gateway's is {ours}")
+
+
+@dataclass(slots=True)
+class _Pending:
+    completion: Completion[Reply]
+    started: float
+    bytes_sent: int
+
+
+class WorkerConnection:
+    """One worker as the gateway reaches it."""
+
+    def __init__(
+        self,
+        group: str,
+        address: str,
+        config: ExpertGroupConfig,
+        expectations: Expectations,
+        mailbox: Mailbox,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.group, self.address = group, address
+        self.description: expert_pb2.DescribeResponse | None = None  # set while it may be sent frames
+        self.detail = "connecting"
+        self._config, self._expectations = config, expectations
+        self._mailbox, self._on_change = mailbox, on_change
+        self._loop = asyncio.get_running_loop()
+        self._call_ids = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._outgoing: asyncio.Queue[expert_pb2.ForwardRequest] = asyncio.Queue()
+        self._suspect = asyncio.Event()
+
+    # -- the engine's side ---------------------------------------------------------------------------------------
+
+    def time_limit(self, pairs: int) -> float:
+        """One `timeout` for each compute batch of `max_batch` rows."""
+        return self._config.timeout * -(-pairs // self._config.max_batch)
+
+    def send(self, frame: Frame, deadline: float) -> Completion[Reply]:
+        """Start one call; its outcome comes through the mailbox."""
+        call_id = next(self._call_ids)
+        milliseconds = max(1, int((deadline - time.monotonic()) * 1e3))
+        request = expert_pb2.ForwardRequest(call=encode_call(frame, call_id, milliseconds))
+        completion: Completion[Reply] = Completion(deadline, lambda: self._call_loop(lambda: self._give_up(call_id)))
+        self._call_loop(lambda: self._start(call_id, request, completion))
+        return completion
+
+    def _call_loop(self, function: Callable[[], None]) -> None:
+        self._loop.call_soon_threadsafe(function)
+
+    # -- the I/O thread's side -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep a session open until cancelled."""
+        backoff = FIRST_BACKOFF
+        while True:
+            started = time.monotonic()
+            try:
+                await self._session()
+                self.detail = "the worker closed the stream"
+            except ConsiliumError as error:
+                self.detail = error.message
+            except grpc.aio.AioRpcError as error:
+                self.detail = from_rpc_error(error).message
+            finally:
+                self._end_session()
+            log.warning("worker %s of group %s: %s", self.address, self.group, self.detail)
+            lasted = time.monotonic() - started > LAST_BACKOFF
+            backoff = FIRST_BACKOFF if lasted else min(backoff * 2, LAST_BACKOFF)
+            await asyncio.sleep(backoff)
+
+    async def _session(self) -> None:
+        async with grpc.aio.insecure_channel(self.address, options=channel_options()) as channel:
+            stub = expert_pb2_grpc.ExpertServiceStub(channel)
+            description = await stub.Describe(expert_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT)
+            self._expectations.check(description)
+            stream = stub.Forward()
+            self._suspect.clear()
+            self.description, self.detail = description, ""
+            self._on_change()
+            tasks = [
+                asyncio.ensure_future(self._write(stream)),
+                asyncio.ensure_future(self._read(stream)),
+                asyncio.ensure_future(self._suspect.wait()),
+            ]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                stream.cancel()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        if self._suspect.is_set():
+            raise ExpertUnavailable("did not answer in time")
+
+    async def _write(self, stream: _Stream) -> None:
+        while True:
+            await stream.write(await self._outgoing.get())
+
+    async def _read(self, stream: _Stream) -> None:
+        async for response in stream:
+            self._finish(response)
+
+    def _start(self, call_id: int, request: expert_pb2.ForwardRequest, completion: Completion[Reply]) -> None:
+        if self.description is None:
+            self._mailbox.settle(completion, ExpertUnavailable(self.detail))
+            return
+        self._pending[call_id] = _Pending(completion, time.monotonic(), request.ByteSize())
+        self._outgoing.put_nowait(request)
+
+    def _finish(self, response: expert_pb2.ForwardResponse) -> None:
+        pending = self._pending.pop(response.call_id, None)
+        if pending is None:  # given up before
+            return
+        if response.WhichOneof("outcome") == "result":
+            reply = Reply(response.result, time.monotonic() - pending.started, pending.bytes_sent, response.ByteSize())
+            self._mailbox.settle(pending.completion, reply)
+            return
+        error = from_call_error(response.error)
+        self._mailbox.settle(pending.completion, error)
+        if response.error.code == ExpertUnavailable.grpc_code and self.description is not None:
+            # It drains: what it has taken will be answered, nothing new is sent.
+            self.description, self.detail = None, error.message
+            self._on_change()
+
+    def _give_up(self, call_id: int) -> None:
+        """A call ran out of time. The worker may hang: no more frames until it has answered Describe again."""
+        if self._pending.pop(call_id, None) is not None:
+            self._outgoing.put_nowait(expert_pb2.ForwardRequest(cancel=expert_pb2.Cancel(call_id=call_id)))
+            self._suspect.set()
+
+    def _end_session(self) -> None:
+        self.description = None
+        self._outgoing = asyncio.Queue()
+        for pending in self._pending.values():
+            self._mailbox.settle(pending.completion, ExpertUnavailable(self.detail))
+        self._pending.clear()
+        self._on_change()

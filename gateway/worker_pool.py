@@ -1,0 +1,140 @@
+"""All workers of the configured groups: which addresses there are, who is connected, and who holds what.
+
+Runs on the I/O thread; the engine gets immutable views through its mailbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from consilium.config import ExpertGroupConfig, split_endpoint
+from consilium.model_config import ModelConfig
+from gateway.mailbox import Mailbox
+from gateway.messages import WorkerStatus
+from gateway.placement import Placement, build_placement
+from gateway.worker_connection import Expectations, WorkerConnection
+
+log = logging.getLogger(__name__)
+
+RESOLVE_INTERVAL = 5.0  # seconds between looks at what a name resolves to
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The workers at one moment."""
+
+    placement: Placement
+    workers: Mapping[str, WorkerConnection]  # those that may be sent frames, by address
+    statuses: list[WorkerStatus]
+
+
+class WorkerPool:
+    """Keeps a connection to every address that the endpoints resolve to."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, ExpertGroupConfig],
+        model: ModelConfig,
+        expectations: Expectations,
+        mailbox: Mailbox,
+    ) -> None:
+        self._groups, self._model = groups, model
+        self._expectations, self._mailbox = expectations, mailbox
+        self._connections: dict[str, WorkerConnection] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._unresolved: dict[str, WorkerStatus] = {}
+
+    async def run(self) -> None:
+        """Follow the endpoints until cancelled, then close every connection."""
+        watches = [
+            self._watch(group, config, endpoint)
+            for group, config in self._groups.items()
+            for endpoint in config.endpoints
+        ]
+        self._publish()
+        try:
+            await asyncio.gather(*watches)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _watch(self, group: str, config: ExpertGroupConfig, endpoint: str) -> None:
+        """Open and close connections as the addresses behind one endpoint come and go."""
+        host, port = split_endpoint(endpoint)
+        known: set[str] = set()
+        while True:
+            try:
+                found = await self._resolve(host, port)
+            except OSError as error:  # keep what was known: a name server may be away for a moment
+                log.warning("cannot resolve %s: %s", endpoint, error)
+                if not known:
+                    self._unresolved[endpoint] = WorkerStatus(group, endpoint, False, f"does not resolve: {error}")
+                    self._publish()
+            else:
+                self._unresolved.pop(endpoint, None)
+                for address in sorted(found - known):
+                    self._open(group, config, address)
+                for address in known - found:
+                    await self._close(address)
+                known = found
+            await asyncio.sleep(RESOLVE_INTERVAL)
+
+    @staticmethod
+    async def _resolve(host: str, port: int) -> set[str]:
+        infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        hosts = {(family, str(address[0])) for family, _, _, _, address in infos}
+        if len({family for family, _ in hosts}) > 1:  # one process often listens on both; it is one replica
+            hosts = {each for each in hosts if each[0] == socket.AF_INET}
+        return {f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}" for family, host in hosts}
+
+    def _open(self, group: str, config: ExpertGroupConfig, address: str) -> None:
+        if address not in self._connections:
+            connection = WorkerConnection(group, address, config, self._expectations, self._mailbox, self._publish)
+            self._connections[address] = connection
+            self._tasks[address] = asyncio.ensure_future(connection.run())
+
+    async def _close(self, address: str) -> None:
+        task = self._tasks.pop(address)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        del self._connections[address]
+        self._publish()
+
+    def _publish(self) -> None:
+        usable = {address: each for address, each in self._connections.items() if each.description is not None}
+        hashes: dict[tuple[int, int], bytes] = {}
+        held: dict[str, list[tuple[int, int]]] = {}
+        for address, connection in list(usable.items()):
+            experts = _held_experts(connection, self._model)
+            odd = next((each for each, digest in experts.items() if hashes.get(each, digest) != digest), None)
+            if odd is not None:
+                connection.detail = (
+                    f"not used: its weights of expert {odd[1]} of layer {odd[0]} differ from a replica's"
+                )
+                del usable[address]
+                continue
+            hashes.update(experts)
+            held[address] = list(experts)
+        statuses = [
+            WorkerStatus(each.group, each.address, each.address in usable, each.detail, len(held.get(each.address, ())))
+            for each in self._connections.values()
+        ]
+        self._mailbox.post(View(build_placement(held), usable, statuses + list(self._unresolved.values())))
+
+
+def _held_experts(connection: WorkerConnection, model: ModelConfig) -> dict[tuple[int, int], bytes]:
+    """What a worker says it holds, with content hashes; experts that the model does not have are left out."""
+    description = connection.description
+    if description is None:
+        return {}
+    return {
+        (layer.layer, expert): digest
+        for layer in description.layers
+        for expert, digest in zip(layer.experts, layer.hashes, strict=False)
+        if layer.layer < model.num_layers and expert < model.num_experts
+    }

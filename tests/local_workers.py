@@ -1,0 +1,69 @@
+"""Workers without processes: the dispatcher's protocol over the reference arithmetic, for tests of everything above."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as nn
+from torch import Tensor
+
+from consilium.checkpoint import Checkpoint
+from consilium.frames import Frame, encode_result
+from gateway.dispatcher import Dispatcher, Reply
+from gateway.mailbox import Completion, Mailbox
+from gateway.placement import build_placement
+
+
+def reference_rows(checkpoint: Checkpoint, frame: Frame) -> Tensor:
+    """What a float32 worker answers to ``frame``: [P, D], written as plainly as it can be."""
+    rows = []
+    for position, expert in enumerate(frame.experts):
+        gate, up, down = (each.float() for each in checkpoint.expert(frame.layer, expert))
+        indices = frame.indices[frame.offsets[position] : frame.offsets[position + 1]].long()
+        x = frame.rows[indices]
+        rows.append((nn.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    return torch.cat(rows)
+
+
+@dataclass
+class LocalWorker:
+    """Answers at once, or with what ``misbehave`` raises."""
+
+    address: str
+    checkpoint: Checkpoint
+    mailbox: Mailbox
+    group: str = "experts"
+    frames: list[Frame] = field(default_factory=list)
+    misbehave: Callable[[Frame], Exception | None] = lambda _: None
+
+    def time_limit(self, pairs: int) -> float:  # noqa: ARG002 (the protocol's)
+        return 10.0
+
+    def send(self, frame: Frame, deadline: float) -> Completion[Reply]:
+        completion: Completion[Reply] = Completion(deadline, lambda: None)
+        self.frames.append(frame)
+        error = self.misbehave(frame)
+        if error is not None:
+            self.mailbox.settle(completion, error)
+        else:
+            result = encode_result(reference_rows(self.checkpoint, frame), 0.0, 0.0)
+            self.mailbox.settle(completion, Reply(result, time.monotonic() - deadline + 10, 1, 1))
+        return completion
+
+
+def local_dispatcher(
+    checkpoint: Checkpoint, mailbox: Mailbox, experts: Iterable[Iterable[int]]
+) -> tuple[Dispatcher, list[LocalWorker]]:
+    """A dispatcher over one worker for each set of experts; every worker holds its set in every layer."""
+    dispatcher = Dispatcher(torch.float32, int8=False, layer_timeout=10.0)
+    held = {f"worker-{number}:1": list(each) for number, each in enumerate(experts)}
+    workers = [LocalWorker(address, checkpoint, mailbox) for address in held]
+    dispatcher.workers = {worker.address: worker for worker in workers}
+    layers = checkpoint.config.expert_layers()
+    dispatcher.placement = build_placement(
+        {address: [(layer, each) for layer in layers for each in mine] for address, mine in held.items()}
+    )
+    return dispatcher, workers

@@ -1,0 +1,94 @@
+"""Hidden states to logits against transformers, in one process: prefill in chunks, then decode, for odd shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from consilium.checkpoint import Checkpoint
+from gateway.attention import Segment
+from gateway.kv_cache import KVPool
+from gateway.mailbox import Mailbox
+from gateway.model import Model
+from tests.local_workers import local_dispatcher
+from tests.tiny_models import save_mixtral, save_qwen3_moe
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mixtral": (save_mixtral, {}),
+    "mixtral-odd-sizes": (save_mixtral, {"hidden_size": 72, "num_local_experts": 5, "head_dim": 10}),
+    "mixtral-top1-tied": (save_mixtral, {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "mixtral-all-experts": (save_mixtral, {"num_experts_per_tok": 4}),
+    "mixtral-window": (save_mixtral, {"sliding_window": 7}),
+    "mixtral-linear": (save_mixtral, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "mixtral-llama3": (save_mixtral, {"rope_parameters": LLAMA3}),
+    "mixtral-yarn": (save_mixtral, {"rope_parameters": YARN, "head_dim": 16}),
+    "qwen3": (save_qwen3_moe, {}),
+    "qwen3-sparse-step": (save_qwen3_moe, {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "qwen3-some-dense": (save_qwen3_moe, {"mlp_only_layers": [1], "norm_topk_prob": False}),
+    "qwen3-tied-window": (
+        save_qwen3_moe,
+        {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 9, "attention_bias": True},
+    ),
+    "qwen3-yarn-scaled": (save_qwen3_moe, {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
+}
+
+
+@pytest.fixture(params=SHAPES, scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    save, overrides = SHAPES[request.param]
+    saved: Path = save(tmp_path_factory.mktemp(request.param), **overrides)
+    return saved
+
+
+@torch.inference_mode()
+def test_log_probabilities_equal_transformers(folder: Path) -> None:
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config
+    mailbox = Mailbox(lambda event: pytest.fail(f"unexpected {event}"))
+    odd, even = range(1, config.num_experts, 2), range(0, config.num_experts, 2)
+    dispatcher, _ = local_dispatcher(checkpoint, mailbox, [odd, even])
+    model = Model(checkpoint, torch.float32, dispatcher)
+    pool = KVPool(config, torch.float32, 2**24)
+
+    tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(7))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = torch.log_softmax(reference(tokens).logits.float(), dim=-1)  # [2, 40, V]
+
+    caches = [pool.allocate(40, 40) for _ in tokens]
+    found = torch.empty_like(expected)
+    # Two sequences of the same batch: chunks of unequal length, single tokens, and one alone at the end.
+    for first, second in [
+        ((0, 13), (0, 1)),
+        ((13, 14), (1, 30)),
+        ((14, 38), (30, 31)),
+        ((38, 40), (31, 31)),
+        ((40, 40), (31, 40)),
+    ]:
+        segments: list[Segment] = []
+        ids: list[int] = []
+        spans: list[tuple[int, int, int]] = []
+        for sequence, (start, stop) in enumerate((first, second)):
+            if start < stop:
+                segments.append(Segment(caches[sequence], len(ids), stop - start, start))
+                spans.append((sequence, start, stop))
+                ids += tokens[sequence, start:stop].tolist()
+        logits = model.logits(mailbox.drive(model.forward(model.batch(ids, segments))))
+        for segment, (sequence, start, stop) in zip(segments, spans, strict=True):
+            rows = logits[segment.row : segment.row + segment.length]
+            found[sequence, start:stop] = torch.log_softmax(rows, dim=-1)
+    assert (found - expected).abs().max() < 1e-4
+    assert (expected[0, 1:] - expected[0, :-1]).abs().max() > 1  # the reference does tell positions apart
