@@ -111,7 +111,7 @@ class DescribeResponse(_message.Message):
     model_fingerprint: _builtins.str
     quantization: _builtins.str
     """"none" or "int8"."""
-    row_dtype: _tensor_pb2.DType.ValueType
+    row_dtype: _tensor_pb2.Dtype.ValueType
     """Element type of activation rows it takes in mode "none", and of the rows it answers with."""
     numerics_class: _builtins.str
     """Workers of one numerics class give the same bits for the same rows."""
@@ -132,7 +132,7 @@ class DescribeResponse(_message.Message):
         model: _builtins.str = ...,
         model_fingerprint: _builtins.str = ...,
         quantization: _builtins.str = ...,
-        row_dtype: _tensor_pb2.DType.ValueType = ...,
+        row_dtype: _tensor_pb2.Dtype.ValueType = ...,
         numerics_class: _builtins.str = ...,
         hidden_size: _builtins.int = ...,
         max_batch: _builtins.int = ...,
