@@ -72,4 +72,4 @@ def _empty(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def _dtype_name(code: int) -> str:
-    return str(TORCH_DTYPES.get(tensor_pb2.DType.ValueType(code), f"unknown dtype {code}"))
+    return str(TORCH_DTYPES.get(tensor_pb2.Dtype.ValueType(code), f"unknown dtype {code}"))
