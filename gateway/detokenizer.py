@@ -18,7 +18,7 @@ class Detokenizer:
 
     __slots__ = ("_decoder", "_skipped", "_vocabulary")
 
-    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
         self._vocabulary = vocabulary
         self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -34,6 +34,25 @@ class Detokenizer:
     def finish(self) -> str:
         """U+FFFD where the tokens ended within a character, else nothing."""
         return self._decoder.decode(b"", final=True)
+
+
+def decode_prompt(
+    vocabulary: Vocabulary, tokens: Sequence[int], skip_special_tokens: bool = True
+) -> tuple[str, list[int]]:
+    """The text of a prompt, and where in it, in characters, each token begins.
+
+    A character that the prompt leaves unfinished is not in the text: the tokens that follow complete it.
+    """
+    detokenizer = Detokenizer(vocabulary, skip_special_tokens)
+    pieces, offsets, length = [], [], 0
+    for token in tokens:
+        offsets.append(length)
+        pieces.append(detokenizer.push(token))
+        length += len(pieces[-1])
+    text = "".join(pieces)
+    kept = vocabulary.strip_start(text)
+    stripped = length - len(kept)
+    return kept, [max(0, offset - stripped) for offset in offsets]
 
 
 class StopStrings:

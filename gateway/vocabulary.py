@@ -56,12 +56,12 @@ class Vocabulary:
         """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD."""
         skipped = self.special_ids if skip_special_tokens else frozenset()
         content = b"".join(self.token_bytes(token) for token in tokens if token not in skipped)
-        return self.strip_start(content).decode(errors="replace")
+        return self.strip_start(content.decode(errors="replace"))
 
-    def strip_start(self, content: bytes) -> bytes:
-        """``content`` at the start of a text, less the spaces that the tokenizer puts there itself."""
-        spaces = len(content) - len(content.lstrip(b" "))
-        return content[min(spaces, self.leading_spaces) :]
+    def strip_start(self, text: str) -> str:
+        """``text`` less the spaces that the tokenizer itself puts where a text begins."""
+        spaces = len(text) - len(text.lstrip(" "))
+        return text[min(spaces, self.leading_spaces) :]
 
     def _decode_token(self, token: int) -> bytes:
         # A model's vocabulary may be padded beyond the tokenizer's; those ids have no text.
