@@ -1,0 +1,46 @@
+# Needs Python 3.11 or newer, make and git; `make setup` puts everything else into .venv.
+#   make up                    a running stack with the default model; ARGS="--model DIR --workers 4" are its flags
+#   make setup TORCH=...       another torch, for example TORCH="torch==2.11.0"
+#   make test PYTEST="-k name" some of the tests
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := up
+.PHONY: setup up test lint protos bench clean
+
+BIN := .venv/bin
+READY := .venv/.ready
+BUF := @bufbuild/buf@1.75.0
+
+setup:
+	@scripts/setup.sh
+	@touch $(READY)
+
+$(READY): pyproject.toml scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+up: $(READY)
+	@exec $(BIN)/consilium up $(ARGS)
+
+test: $(READY)
+	@$(BIN)/consilium model fetch default
+	@$(BIN)/python -m pytest tests/unit tests/parity tests/integration tests/chaos $(PYTEST)
+
+lint: $(READY)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@scripts/protos.sh --check
+	@if command -v npx >/dev/null; then npx --yes $(BUF) lint; else echo "buf lint left out: it needs npx (Node.js)"; fi
+
+protos: $(READY)
+	@scripts/protos.sh
+
+bench: $(READY)
+	@$(BIN)/python -m bench $(ARGS)
+
+clean:
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
