@@ -86,7 +86,7 @@ _ERRORS: dict[str, type[ConsiliumError]] = {
 }
 
 
-def to_call_error(error: Exception) -> expert_pb2.CallError:
+def to_call_error(error: BaseException) -> expert_pb2.CallError:
     """One failed call of a stream. What is no ConsiliumError is a bug here: its text stays here."""
     if isinstance(error, ConsiliumError):
         return expert_pb2.CallError(code=error.grpc_code, message=error.message, retryable=error.retryable)

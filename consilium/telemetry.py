@@ -1,7 +1,8 @@
-"""Logs: one line an event on standard error, in the same form from every process."""
+"""What a process says while it runs: logs on standard error, and one line on standard output once it listens."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 
@@ -20,3 +21,8 @@ def setup_logging(role: str, level: str = "info") -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def announce(address: str) -> None:
+    """Say on standard output that calls are accepted at ``address``; whoever started the process waits for this."""
+    print(json.dumps({"event": "listening", "address": address}), flush=True)

@@ -1,0 +1,55 @@
+"""`python -m expert_service` and `consilium expert`: one expert worker."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from consilium.config import Config, load_config
+from consilium.errors import ConsiliumError
+from consilium.telemetry import setup_logging
+from expert_service.server import Worker
+
+# Flags and the configuration keys they set.
+FLAGS = {
+    "model": ("model", "a Hugging Face folder, or the name of a fetched model"),
+    "quantization": ("quantization", "int8, or none"),
+    "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
+    "group": ("worker.group", "this worker's entry under experts: in the configuration"),
+    "layers": ("worker.layers", "layers to hold: all, or for example 0-11,13"),
+    "experts": ("worker.experts", "experts to hold in each of them: all, or for example 0-3,7"),
+    "host": ("worker.host", "address to listen on"),
+    "port": ("worker.port", "port to listen on; 0 lets the system choose"),
+    "threads": ("worker.threads", "compute threads; all cores by default"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a worker until it is told to stop; 1 when it cannot start."""
+    try:
+        config = parse_arguments(argv)
+        setup_logging(f"expert/{config.worker.group}", config.log.level)
+        asyncio.run(Worker(config).serve())
+    except ConsiliumError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:  # Ctrl-C while it loads
+        return 130
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> Config:
+    """The configuration with the command line on top. Raises ConfigError."""
+    parser = argparse.ArgumentParser("consilium expert", description="Serve some experts of a model over gRPC.")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the deployment")
+    for flag, (key, text) in FLAGS.items():
+        parser.add_argument(f"--{flag}", dest=key, help=text)
+    arguments = vars(parser.parse_args(argv))
+    return load_config(arguments.pop("config"), overrides=arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,147 @@
+"""One worker from start to end: load, prove, listen, answer, drain, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import uuid
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from consilium.checkpoint import Checkpoint
+from consilium.config import Config, ExpertGroupConfig
+from consilium.errors import ConfigError
+from consilium.experts import Arithmetic, find_arithmetic
+from consilium.frames import PROTOCOL_VERSION
+from consilium.models import resolve_model
+from consilium.rpc import ErrorInterceptor, server_options
+from consilium.telemetry import announce
+from consilium.wire import WIRE_DTYPES
+from expert_service.executor import Executor
+from expert_service.frame_computer import FrameComputer
+from expert_service.selection import select_experts, select_layers
+from expert_service.servicer import ExpertServicer
+from expert_service.store import ExpertStore, load_store
+from protos.expert.v1 import expert_pb2, expert_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
+# Unfinished calls and unread answers may take so many largest frames of memory before new calls are refused.
+QUEUED_FRAMES, UNREAD_FRAMES = 4, 2
+# For the last bytes to leave once everything is answered.
+CLOSING_SECONDS = 1.0
+
+
+class Worker:
+    """The experts of one process with all that is needed to serve them; ready when constructed."""
+
+    def __init__(self, config: Config) -> None:
+        """Load the weights and prove the kernels. Raises ConsiliumError that says what is wrong."""
+        self.config = config
+        self.max_batch = _max_batch(config)
+        if config.worker.threads is not None:
+            torch.set_num_threads(config.worker.threads)
+        self.checkpoint = Checkpoint(resolve_model(config.model))
+        self.model = self.checkpoint.config
+        layers = select_layers(config.worker.layers, self.model)
+        experts = select_experts(config.worker.experts, self.model)
+        self.arithmetic: Arithmetic = find_arithmetic(
+            config.quantization, config.dtype, self.model.hidden_size, self.model.expert_size
+        )
+        self.store: ExpertStore = load_store(self.checkpoint, layers, experts, self.arithmetic)
+
+    def describe(self) -> expert_pb2.DescribeResponse:
+        """What this worker says about itself."""
+        return expert_pb2.DescribeResponse(
+            protocol_version=PROTOCOL_VERSION,
+            worker_id=uuid.uuid4().hex,
+            group=self.config.worker.group,
+            model=self.checkpoint.folder.name,
+            model_fingerprint=self.checkpoint.fingerprint,
+            quantization=self.config.quantization,
+            row_dtype=WIRE_DTYPES[self.arithmetic.reply_dtype],
+            numerics_class=self.arithmetic.numerics_class,
+            hidden_size=self.model.hidden_size,
+            max_batch=self.max_batch,
+            layers=[
+                expert_pb2.LayerExperts(layer=layer, experts=hashes.keys(), hashes=hashes.values())
+                for layer, hashes in self.store.hashes.items()
+            ],
+            device="cpu",
+        )
+
+    async def serve(self) -> None:
+        """Answer calls until SIGTERM or SIGINT, then drain. Raises ConfigError when the port cannot be had."""
+        config = self.config.worker
+        computer = FrameComputer(self.store, self.arithmetic, self.model.hidden_size, self.max_batch, config.max_frame)
+        executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
+        servicer = ExpertServicer(self.describe(), executor, UNREAD_FRAMES * config.max_frame)
+        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(config.max_frame))
+        expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
+        status = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(status, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        address = _listen(server, config.host, config.port)
+        stopping = _catch_signals()
+        await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        await server.start()
+        announce(address)
+        await stopping.wait()
+        await status.enter_graceful_shutdown()
+        await _drain(servicer, config.drain_timeout)
+        await server.stop(CLOSING_SECONDS)
+        executor.close()
+
+
+async def _drain(servicer: ExpertServicer, seconds: float) -> None:
+    logger.info("draining: finishing the calls taken, for at most %g s", seconds)
+    try:
+        await asyncio.wait_for(servicer.drain(), seconds)
+    except TimeoutError:
+        logger.warning("draining took more than worker.drain_timeout; the rest is given up")
+
+
+def _max_batch(config: Config) -> int:
+    """From this worker's entry under `experts:`, or the default where there are no entries at all."""
+    name = config.worker.group
+    if not config.experts:
+        return int(ExpertGroupConfig.model_fields["max_batch"].default)
+    if name not in config.experts:
+        raise ConfigError(
+            f"worker.group: {name!r} is not under experts: in the configuration; choose one of "
+            f"{', '.join(sorted(config.experts))} (--group)"
+        )
+    return config.experts[name].max_batch
+
+
+def _listen(server: grpc.aio.Server, host: str, port: int) -> str:
+    """Take the port, and return the address that clients dial."""
+    bracketed = f"[{host}]" if ":" in host else host
+    try:
+        bound = server.add_insecure_port(f"{bracketed}:{port}")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {bracketed}:{port}: the port is taken, or the address is not this machine's; "
+            "choose others with --host and --port (0 lets the system choose)"
+        ) from error
+    return f"grpc://{bracketed}:{bound}"
+
+
+def _catch_signals() -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second one ends the process at once."""
+    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    return stopping

@@ -1,0 +1,82 @@
+"""The gRPC face of a worker: Describe, Forward, ForwardOnce, and leaving without dropping a call."""
+
+# ruff: noqa: N802, ARG002 (gRPC's method names and signatures)
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from consilium.errors import ExpertUnavailable
+from expert_service.executor import Answer, Executor
+from expert_service.stream import ForwardStream
+from protos.expert.v1 import expert_pb2, expert_pb2_grpc
+
+DRAINING = "draining: this worker is shutting down and takes no more calls; another replica may have the expert"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
+    """Answers from one executor; everything but the computing happens on the event loop."""
+
+    def __init__(self, description: expert_pb2.DescribeResponse, executor: Executor, max_unread: int) -> None:
+        self._description, self._executor, self._max_unread = description, executor, max_unread
+        self._draining = False
+        self._streams: set[ForwardStream] = set()
+        self._running = 0  # Forward and ForwardOnce together
+        self._quiet = asyncio.Event()
+
+    async def Describe(self, request: expert_pb2.DescribeRequest, context: Context) -> expert_pb2.DescribeResponse:
+        return self._description
+
+    # The generated stub knows generators only; gRPC also takes coroutines that write to the context, and those are
+    # certain to be told at once when the caller is gone.
+    async def Forward(  # type: ignore[override]
+        self, requests: AsyncIterator[expert_pb2.ForwardRequest], context: Context
+    ) -> None:
+        if not self._draining:
+            stream = ForwardStream(self._submit, self._max_unread)
+            with self._counted():
+                self._streams.add(stream)
+                try:
+                    await stream.run(requests, context.write)
+                finally:
+                    self._streams.discard(stream)
+        if self._draining:  # what the caller sent since is unanswered, and may be sent elsewhere
+            await context.abort(grpc.StatusCode.UNAVAILABLE, DRAINING)
+
+    async def ForwardOnce(
+        self,
+        request: expert_pb2.ForwardOnceRequest,
+        context: Context,
+    ) -> expert_pb2.ForwardOnceResponse:
+        with self._counted():
+            return expert_pb2.ForwardOnceResponse(result=await self._submit(request.call))
+
+    async def drain(self) -> None:
+        """Take nothing new, and return when every call taken has been answered."""
+        self._draining = True
+        for stream in self._streams:
+            stream.end()
+        if self._running:
+            await self._quiet.wait()
+
+    def _submit(self, call: expert_pb2.Call) -> Answer:
+        if self._draining:
+            raise ExpertUnavailable(DRAINING)
+        return self._executor.submit(call)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._quiet.set()

@@ -1,0 +1,79 @@
+"""The experts a worker holds, read from the checkpoint and ready to compute with."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Sequence
+from itertools import product
+
+import torch
+
+from consilium.checkpoint import Checkpoint
+from consilium.errors import CheckpointError, StalePlacement
+from consilium.experts import Arithmetic, ExpertWeights
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 2.0
+
+
+class ExpertStore:
+    """Weights and content hashes by layer and expert; filled once, then only read."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self._layers: dict[int, dict[int, ExpertWeights]] = {layer: {} for layer in layers}
+        self.hashes: dict[int, dict[int, bytes]] = {layer: {} for layer in layers}
+        self.nbytes = 0
+
+    def add(self, layer: int, expert: int, weights: ExpertWeights) -> None:
+        """Hold one more expert of one of the layers."""
+        self._layers[layer][expert] = weights
+        self.hashes[layer][expert] = weights.content_hash()
+        self.nbytes += weights.nbytes()
+
+    def find(self, layer: int, experts: Sequence[int]) -> list[ExpertWeights]:
+        """The weights of ``experts`` of one layer. Raises StalePlacement that names what is not held."""
+        held = self._layers.get(layer)
+        if held is None:
+            raise StalePlacement(f"layer {layer} is not on this worker, which holds layers {_brief(self._layers)}")
+        missing = [expert for expert in experts if expert not in held]
+        if missing:
+            raise StalePlacement(
+                f"experts {_brief(missing)} of layer {layer} are not on this worker, which holds {_brief(held)}"
+            )
+        return [held[expert] for expert in experts]
+
+
+def load_store(
+    checkpoint: Checkpoint, layers: Sequence[int], experts: Sequence[int], arithmetic: Arithmetic
+) -> ExpertStore:
+    """Read and prepare ``experts`` of every one of ``layers``, logging progress.
+
+    Raises CheckpointError that names the expert when a tensor is missing, of a wrong shape, or not finite.
+    """
+    store = ExpertStore(layers)
+    total, next_line = len(layers) * len(experts), time.monotonic() + PROGRESS_SECONDS
+    for done, (layer, expert) in enumerate(product(layers, experts)):
+        store.add(layer, expert, _load_expert(checkpoint, layer, expert, arithmetic))
+        if time.monotonic() > next_line:
+            logger.info("loaded %d of %d experts", done + 1, total)
+            next_line = time.monotonic() + PROGRESS_SECONDS
+    logger.info("holding %d experts in %d layers, %.1f MiB", total, len(layers), store.nbytes / 2**20)
+    return store
+
+
+def _load_expert(checkpoint: Checkpoint, layer: int, expert: int, arithmetic: Arithmetic) -> ExpertWeights:
+    tensors = checkpoint.expert(layer, expert)
+    for name, tensor in tensors._asdict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{checkpoint.folder}: the {name} matrix of expert {expert} in layer {layer} holds NaN or infinity; "
+                "download the checkpoint again"
+            )
+    return arithmetic.prepare(tensors)
+
+
+def _brief(numbers: Collection[int]) -> str:
+    first = sorted(numbers)[:16]
+    return ", ".join(map(str, first)) + (", …" if len(numbers) > len(first) else "")

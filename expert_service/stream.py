@@ -1,0 +1,109 @@
+"""One open Forward stream: calls in, answers out in whatever order they are done."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+
+from consilium.errors import ConsiliumError, InvalidRequest
+from consilium.rpc import to_call_error
+from expert_service.executor import Answer
+from protos.expert.v1 import expert_pb2
+
+logger = logging.getLogger(__name__)
+
+
+class ForwardStream:
+    """Nothing a caller sends ends it: every call gets an answer of its own, unless the caller cancelled it."""
+
+    def __init__(self, submit: Callable[[expert_pb2.Call], Answer], max_unread: int) -> None:
+        """No more calls are read while more than ``max_unread`` bytes of answers wait for the caller to read them."""
+        self._submit, self._max_unread = submit, max_unread
+        self._computing: dict[int, Answer] = {}
+        self._answers: asyncio.Queue[expert_pb2.ForwardResponse | None] = asyncio.Queue()  # None is the end
+        self._unread_bytes = 0
+        self._room = asyncio.Event()
+        self._ending = False
+
+    async def run(
+        self,
+        requests: AsyncIterator[expert_pb2.ForwardRequest],
+        write: Callable[[expert_pb2.ForwardResponse], Awaitable[object]],
+    ) -> None:
+        """Answer ``requests`` until they end or :meth:`end` is called, and all that was taken is answered."""
+        reading = asyncio.ensure_future(self._read(requests))
+        try:
+            while (response := await self._answers.get()) is not None:
+                await write(response)
+                self._unread_bytes -= response.ByteSize()
+                self._room.set()
+        finally:  # also when the caller is gone: then nobody wants the rest
+            reading.cancel()
+            for answer in self._computing.values():
+                answer.cancel()
+
+    def end(self) -> None:
+        """Let :meth:`run` return as soon as every call taken is answered."""
+        self._ending = True
+        self._end_if_idle()
+
+    async def _read(self, requests: AsyncIterator[expert_pb2.ForwardRequest]) -> None:
+        try:
+            async for request in requests:
+                self._take(request)
+                while self._unread_bytes > self._max_unread:
+                    self._room.clear()
+                    await self._room.wait()
+        finally:
+            self.end()
+
+    def _take(self, request: expert_pb2.ForwardRequest) -> None:
+        kind = request.WhichOneof("kind")
+        if kind == "call":
+            self._start(request.call)
+        elif kind == "cancel":
+            self._cancel(request.cancel.call_id)
+        else:
+            self._answer_error(0, InvalidRequest("the request holds neither a call nor a cancel"))
+
+    def _start(self, call: expert_pb2.Call) -> None:
+        try:
+            if call.call_id in self._computing:
+                raise InvalidRequest(f"call id {call.call_id} is in use on this stream")
+            answer = self._submit(call)
+        except ConsiliumError as error:
+            self._answer_error(call.call_id, error)
+        except Exception as error:  # a bug: this call fails, the stream goes on
+            logger.exception("a call for layer %d was not taken", call.layer)
+            self._answer_error(call.call_id, error)
+        else:
+            self._computing[call.call_id] = answer
+            answer.add_done_callback(partial(self._finish, call.call_id))
+
+    def _cancel(self, call_id: int) -> None:
+        answer = self._computing.pop(call_id, None)
+        if answer is not None:  # otherwise it is answered already
+            answer.cancel()
+
+    def _finish(self, call_id: int, answer: Answer) -> None:
+        if not answer.cancelled():
+            del self._computing[call_id]
+            error = answer.exception()
+            if error is None:
+                self._answer(expert_pb2.ForwardResponse(call_id=call_id, result=answer.result()))
+            else:
+                self._answer_error(call_id, error)
+        self._end_if_idle()
+
+    def _answer_error(self, call_id: int, error: BaseException) -> None:
+        self._answer(expert_pb2.ForwardResponse(call_id=call_id, error=to_call_error(error)))
+
+    def _answer(self, response: expert_pb2.ForwardResponse) -> None:
+        self._unread_bytes += response.ByteSize()
+        self._answers.put_nowait(response)
+
+    def _end_if_idle(self) -> None:
+        if self._ending and not self._computing:
+            self._answers.put_nowait(None)
