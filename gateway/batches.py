@@ -18,19 +18,20 @@ from consilium.gate import Routing
 class ExpertBatches:
     """The (token, expert) pairs of a layer, sorted by expert, then by token."""
 
-    rows: Tensor  # [T, D] the token rows that pairs point into
+    rows: Tensor  # [T, D] the token rows that pairs point into: int8 with scales, or the model's dtype
+    scales: Tensor | None  # [T] float32, only with int8 rows
     experts: NDArray[np.int64]  # [M] ascending
     offsets: NDArray[np.int64]  # [M + 1] where the pairs of each expert begin
     slots: NDArray[np.int64]  # [T * K] place t * K + k of each pair in the output
     tokens: NDArray[np.int64]  # [T * K] row of each pair
 
 
-def group_by_expert(x: Tensor, routing: Routing) -> ExpertBatches:
+def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing) -> ExpertBatches:
     """Sort the pairs of ``routing`` by expert; pairs of one expert keep the order of their tokens."""
     ids = routing.ids.numpy().reshape(-1)  # [T * K]
     slots = np.argsort(ids, kind="stable")
     experts, starts = np.unique(ids[slots], return_index=True)
-    return ExpertBatches(x, experts, np.append(starts, ids.size), slots, slots // routing.ids.shape[1])
+    return ExpertBatches(rows, scales, experts, np.append(starts, ids.size), slots, slots // routing.ids.shape[1])
 
 
 def combine(outputs: Tensor, routing: Routing) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable
 from consilium.frames import Frame, decode_result
-from consilium.quantization import quantize_rows
 from gateway.batches import ExpertBatches
 from gateway.mailbox import Completion
 from gateway.messages import WorkerStats
@@ -53,10 +52,10 @@ class Worker(Protocol):
 class Dispatcher:
     """Knows the current placement, and who did how much work."""
 
-    def __init__(self, row_dtype: torch.dtype, *, int8: bool, layer_timeout: float) -> None:
+    def __init__(self, row_dtype: torch.dtype, layer_timeout: float) -> None:
         self.placement = Placement()
         self.workers: Mapping[str, Worker] = {}
-        self._row_dtype, self._int8, self._layer_timeout = row_dtype, int8, layer_timeout
+        self._row_dtype, self._layer_timeout = row_dtype, layer_timeout
         self._stats: dict[str, WorkerStats] = {}
         self._turn = 0
 
@@ -66,8 +65,8 @@ class Dispatcher:
         A frame whose worker fails is sent again to other holders of its experts; what nobody answers for by the
         layer's deadline is missing for the rows that need it, and for no others.
         """
-        rows, scales = quantize_rows(batches.rows) if self._int8 else (batches.rows, None)
-        outputs = torch.zeros(len(batches.slots), rows.shape[1])
+        hidden_size = batches.rows.shape[1]
+        outputs = torch.zeros(len(batches.slots), hidden_size)
         failures: dict[int, Exception] = {}
         excluded: dict[str, ConsiliumError] = {}
         deadline = time.monotonic() + self._layer_timeout
@@ -78,14 +77,14 @@ class Dispatcher:
                 self._fail(batches, position, _unavailable(layer, int(batches.experts[position]), excluded), failures)
             calls = []
             for address, positions in plan.items():
-                frame, pairs = build_frame(layer, batches, rows, scales, positions)
+                frame, pairs = build_frame(layer, batches, positions)
                 worker = self.workers[address]
                 limit = min(deadline, time.monotonic() + worker.time_limit(len(pairs)))
                 calls.append((worker, positions, pairs, worker.send(frame, limit)))
             wanted = []
             for worker, positions, pairs, call in calls:
                 try:
-                    outputs[batches.slots[pairs]] = await self._collect(worker, call, len(pairs), rows.shape[1])
+                    outputs[batches.slots[pairs]] = await self._collect(worker, call, len(pairs), hidden_size)
                 except ConsiliumError as error:
                     self._count(worker, failures=1)
                     if error.retryable:
@@ -140,13 +139,12 @@ class Dispatcher:
             failures.setdefault(int(row), error)
 
 
-def build_frame(
-    layer: int, batches: ExpertBatches, rows: Tensor, scales: Tensor | None, positions: list[int]
-) -> tuple[Frame, NDArray[np.int64]]:
+def build_frame(layer: int, batches: ExpertBatches, positions: list[int]) -> tuple[Frame, NDArray[np.int64]]:
     """The frame for the experts at ``positions``, each distinct token row once, and which pairs it covers [P]."""
     bounds = [(batches.offsets[each], batches.offsets[each + 1]) for each in positions]
     pairs = np.concatenate([np.arange(start, stop) for start, stop in bounds])
     tokens, indices = np.unique(batches.tokens[pairs], return_inverse=True)
+    rows, scales = batches.rows, batches.scales
     if len(tokens) < len(rows):
         rows, scales = rows[tokens], None if scales is None else scales[tokens]
     frame = Frame(

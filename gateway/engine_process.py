@@ -53,12 +53,11 @@ class EngineProcess:
         self._config = config
         self._checkpoint = Checkpoint(resolve_model(config.model))
         dtype = ROW_DTYPES[config.dtype]
-        int8 = config.quantization == "int8"
         self._mailbox = Mailbox(self._handle)
-        self._dispatcher = Dispatcher(dtype, int8=int8, layer_timeout=config.gateway.layer_timeout)
+        self._dispatcher = Dispatcher(dtype, config.gateway.layer_timeout)
         pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
         self._engine = Engine(
-            Model(self._checkpoint, dtype, self._dispatcher),
+            Model(self._checkpoint, dtype, self._dispatcher, int8=config.quantization == "int8"),
             Scheduler(pool, config.gateway.max_running, config.gateway.max_step_tokens),
             self._dispatcher,
             self._mailbox,

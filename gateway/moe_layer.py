@@ -10,6 +10,7 @@ from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
 from consilium.gate import Routing, softmax_top_k
+from consilium.quantization import quantize_rows
 from gateway.attention import Batch
 from gateway.batches import combine, group_by_expert
 from gateway.dispatcher import Dispatcher
@@ -18,17 +19,19 @@ from gateway.dispatcher import Dispatcher
 class MoELayer:
     """The gate of one layer, and the way to its experts."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, dispatcher: Dispatcher) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: int, dispatcher: Dispatcher, *, int8: bool) -> None:
         config = checkpoint.config
         name = checkpoint.names.router.format(layer=layer)
         self._gate = checkpoint.tensor(name, (config.num_experts, config.hidden_size)).float()  # [E, D]
         self._top_k, self._normalize = config.top_k, config.normalize_top_k
-        self._layer, self._dispatcher = layer, dispatcher
+        self._layer, self._dispatcher, self._int8 = layer, dispatcher, int8
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]; rows whose experts could not be had are noted in the batch."""
         routing = self.route(x)
-        outputs, failures = await self._dispatcher.dispatch(self._layer, group_by_expert(x, routing))
+        rows, scales = quantize_rows(x) if self._int8 else (x, None)
+        batches = group_by_expert(rows, scales, routing)
+        outputs, failures = await self._dispatcher.dispatch(self._layer, batches)
         batch.failures.update(failures)
         return combine(outputs, routing).to(x.dtype)
 

@@ -39,7 +39,7 @@ class Expectations:
 
     model_fingerprint: str
     quantization: str
-    row_dtype: tensor_pb2.DType.ValueType
+    row_dtype: tensor_pb2.Dtype.ValueType
     hidden_size: int
 
     def check(self, description: expert_pb2.DescribeResponse) -> None:

@@ -58,7 +58,7 @@ def local_dispatcher(
     checkpoint: Checkpoint, mailbox: Mailbox, experts: Iterable[Iterable[int]]
 ) -> tuple[Dispatcher, list[LocalWorker]]:
     """A dispatcher over one worker for each set of experts; every worker holds its set in every layer."""
-    dispatcher = Dispatcher(torch.float32, int8=False, layer_timeout=10.0)
+    dispatcher = Dispatcher(torch.float32, layer_timeout=10.0)
     held = {f"worker-{number}:1": list(each) for number, each in enumerate(experts)}
     workers = [LocalWorker(address, checkpoint, mailbox) for address in held]
     dispatcher.workers = {worker.address: worker for worker in workers}

@@ -20,11 +20,11 @@ def routing_of(tokens: int, experts: int, top_k: int, seed: int) -> Routing:
 def test_frames_cover_every_pair_once(tokens: int, experts: int, data: st.DataObject) -> None:
     routing = routing_of(tokens, experts, data.draw(st.integers(1, experts)), data.draw(st.integers(0, 99)))
     x = torch.randn(tokens, 3)
-    batches = group_by_expert(x, routing)
+    batches = group_by_expert(x, None, routing)
     owner = data.draw(st.lists(st.integers(0, 2), min_size=len(batches.experts), max_size=len(batches.experts)))
     outputs = torch.full((len(batches.slots), 3), torch.nan)
     for worker in set(owner):
-        frame, pairs = build_frame(0, batches, x, None, [p for p, who in enumerate(owner) if who == worker])
+        frame, pairs = build_frame(0, batches, [p for p, who in enumerate(owner) if who == worker])
         assert frame.rows.shape[0] == len(set(frame.indices.tolist()))  # each distinct row once
         # The "expert" adds its id to the row, so that a misplaced row shows.
         ids = torch.repeat_interleave(torch.tensor(frame.experts), torch.tensor(frame.offsets).diff())

@@ -47,7 +47,7 @@ def expected(checkpoint: Checkpoint) -> Tensor:
 
 def dispatched(dispatcher: Dispatcher, mailbox: Mailbox) -> tuple[Tensor, dict[int, Exception]]:
     x, routing = layer_input()
-    outputs, failures = mailbox.drive(dispatcher.dispatch(1, group_by_expert(x, routing)))
+    outputs, failures = mailbox.drive(dispatcher.dispatch(1, group_by_expert(x, None, routing)))
     return combine(outputs, routing), failures
 
 

@@ -1,0 +1,38 @@
+"""What transformers says of a prompt: log-probabilities and a greedy continuation, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+# Closer than this, two tokens are a tie that rounding may decide either way.
+TIE = 1e-3
+
+
+class Oracle:
+    """A checkpoint as transformers runs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: list[int]) -> torch.Tensor:
+        """[len(tokens), V] of the distribution after each token."""
+        return torch.log_softmax(self._model(torch.tensor([tokens])).logits[0].float(), dim=-1)
+
+    def prompt_logprobs(self, tokens: list[int]) -> list[float]:
+        """Of each token but the first."""
+        rows = self.logprobs(tokens)
+        return [float(rows[position, token]) for position, token in enumerate(tokens[1:])]
+
+    def assert_greedy(self, prompt: list[int], continuation: list[int]) -> int:
+        """That every token was the likeliest, up to the first tie. Returns how many were compared."""
+        rows = self.logprobs(prompt + continuation)[len(prompt) - 1 : -1]
+        for position, (row, token) in enumerate(zip(rows, continuation, strict=True)):
+            best, second = row.topk(2).values.tolist()
+            if best - second < TIE:
+                return position
+            assert token == int(row.argmax()), f"token {position} of {prompt} is {token}, not {int(row.argmax())}"
+        return len(continuation)

@@ -1,0 +1,92 @@
+"""The whole path against transformers: HTTP, engine, gRPC, 1 to 3 expert workers, alone and in a mixed batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.parity.oracle import Oracle
+from tests.stack import stack
+from tests.tiny_models import save_mixtral, save_qwen3_moe
+
+VOCABULARY = 384
+NEW_TOKENS = 12
+
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mixtral": (save_mixtral, {}),
+    "mixtral-odd": (save_mixtral, {"hidden_size": 72, "head_dim": 10, "num_local_experts": 5}),
+    "mixtral-top1-tied": (
+        save_mixtral,
+        {"num_experts_per_tok": 1, "tie_word_embeddings": True, "num_local_experts": 3},
+    ),
+    "qwen3": (save_qwen3_moe, {}),
+    "qwen3-sparse-step": (save_qwen3_moe, {"decoder_sparse_step": 2, "num_hidden_layers": 4, "num_experts_per_tok": 3}),
+    "qwen3-tied-odd": (save_qwen3_moe, {"tie_word_embeddings": True, "hidden_size": 40, "norm_topk_prob": False}),
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running stack and what transformers makes of the same folder."""
+
+    url: str
+    oracle: Oracle
+
+    def complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
+        body = {"model": "tiny", "prompt": prompt, "temperature": 0, **options}
+        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        assert response.status_code == 200, response.text
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
+
+    def check_prompt(self, prompt: list[int]) -> None:
+        reported = self.complete(prompt, max_tokens=0, echo=True, logprobs=1)["logprobs"]["token_logprobs"]
+        assert reported[0] is None
+        assert reported[1:] == pytest.approx(self.oracle.prompt_logprobs(prompt), abs=1e-4)
+
+    def check_continuation(self, prompt: list[int]) -> None:
+        options = {"max_tokens": NEW_TOKENS, "logprobs": 0, "ignore_eos": True, "return_tokens_as_token_ids": True}
+        tokens = self.complete(prompt, **options)["logprobs"]["tokens"]
+        continuation = [int(token.removeprefix("token_id:")) for token in tokens]
+        assert len(continuation) == NEW_TOKENS
+        self.oracle.assert_greedy(prompt, continuation)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
+    save, overrides = SHAPES[request.param]
+    folder = save(tmp_path_factory.mktemp(request.param) / "tiny", **overrides)
+    return folder, Oracle(folder)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda count: f"{count}-workers")
+def served(request: pytest.FixtureRequest, model: tuple[Path, Oracle]) -> Iterator[Served]:
+    folder, oracle = model
+    with stack(folder, workers=request.param, quantization="none", dtype="float32") as running:
+        yield Served(running.base_url, oracle)
+
+
+def prompts(count: int) -> list[list[int]]:
+    generator = random.Random(count)
+    return [[generator.randrange(VOCABULARY) for _ in range(generator.randint(2, 70))] for _ in range(count)]
+
+
+def test_alone(served: Served) -> None:
+    for prompt in prompts(3):
+        served.check_prompt(prompt)
+        served.check_continuation(prompt)
+
+
+def test_in_a_mixed_batch(served: Served) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        checks = [pool.submit(served.check_prompt, prompt) for prompt in prompts(6)]
+        checks += [pool.submit(served.check_continuation, prompt) for prompt in prompts(10)]
+        for check in checks:
+            check.result()
