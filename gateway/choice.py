@@ -43,6 +43,12 @@ class Delta:
     finish_reason: str | None
     stop_reason: str | int | None
 
+    @classmethod
+    def join(cls, deltas: Sequence[Delta]) -> Delta:
+        """All that was shown of a choice that has ended."""
+        entries = [entry for each in deltas for entry in each.entries]
+        return cls("".join(each.text for each in deltas), entries, deltas[-1].finish_reason, deltas[-1].stop_reason)
+
 
 class Choice:
     """Turns the engine's news of one sequence into what the client sees; with ``echo`` its prompt comes first."""

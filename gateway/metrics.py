@@ -72,6 +72,7 @@ class Metrics:
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.kv_usage.set(stats.kv_tokens_used / max(1, stats.kv_tokens_total))
+        self._preemptions.inc(stats.preemptions)
         computed = stats.prompt_tokens + stats.generated_tokens
         if computed:
             self.step_tokens.observe(computed)
@@ -105,6 +106,8 @@ class Metrics:
         self.running = self._gauge("num_requests_running", "Sequences in the engine's batch").labels(self._model)
         self.waiting = self._gauge("num_requests_waiting", "Sequences that wait for space").labels(self._model)
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1").labels(self._model)
+        preemptions = self._counter("num_preemptions", "Sequences that gave up their space and are computed again")
+        self._preemptions = preemptions.labels(self._model)
         # Others call it iteration_tokens_total, but promtool wants that ending for counters alone.
         self.step_tokens = self._histogram("iteration_tokens", "Tokens computed in one step", _STEP_TOKENS)
         self.step_seconds = self._histogram("iteration_seconds", "Duration of one step", _STEP)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from consilium.config import Config
-from consilium.errors import ConfigError, UnknownModel
+from consilium.errors import ConfigError, InvalidRequest, UnknownModel
 from consilium.model_folder import read_model_folder
 from consilium.models import resolve_model
 from gateway.chat_template import ChatTemplate, load_chat_template
+from gateway.schemas import TemplateBody
 from gateway.tokenizer import Tokenizer
 
 
@@ -29,6 +30,17 @@ class ServedModel:
         """Raise UnknownModel unless ``name`` is this model's, or missing."""
         if name is not None and name != self.name:
             raise UnknownModel(f"the model {name[:80]!r} is not served here; served: {self.name!r}", param="model")
+
+    def render(self, body: TemplateBody) -> str:
+        """The messages of ``body`` as this model's chat template writes them. Raises InvalidRequest."""
+        if self.chat_template is None:
+            raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+        return self.chat_template.render(
+            [message.for_template() for message in body.messages],
+            body.prompt_follows(),
+            body.continue_final_message,
+            body.chat_template_kwargs,
+        )
 
 
 def load_served_model(config: Config) -> ServedModel:

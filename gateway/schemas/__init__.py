@@ -1,7 +1,7 @@
 """Request bodies: strict, bounded, and refusing what they do not know."""
 
 from gateway.schemas.base import Body, parse_body
-from gateway.schemas.chat import ChatBody
+from gateway.schemas.chat import ChatBody, TemplateBody
 from gateway.schemas.completions import CompletionBody
 from gateway.schemas.sampling import SamplingBody, check_token_ids
 from gateway.schemas.tokens import DetokenizeBody, TokenizeBody
@@ -12,6 +12,7 @@ __all__ = [
     "CompletionBody",
     "DetokenizeBody",
     "SamplingBody",
+    "TemplateBody",
     "TokenizeBody",
     "check_token_ids",
     "parse_body",

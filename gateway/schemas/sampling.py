@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from consilium.errors import InvalidRequest
 from gateway.messages import SamplingParams
@@ -84,10 +84,14 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool = False
 
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk. Raises InvalidRequest for options without a stream."""
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed together with stream", param="stream_options")
+        return self
+
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(
