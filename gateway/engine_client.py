@@ -20,7 +20,6 @@ from gateway.generation import Generation
 from gateway.messages import (
     LENGTH_BYTES,
     Abort,
-    Drain,
     EngineStats,
     Generate,
     Output,
@@ -128,9 +127,7 @@ class EngineClient:
 
     def drain(self) -> None:
         """Take no more requests; what is open goes on."""
-        if not self.draining:
-            self.draining = True
-            self._send(Drain())
+        self.draining = True
 
     async def close(self) -> None:
         """Fail what is still open and close the socket, which ends the engine."""

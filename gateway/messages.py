@@ -60,13 +60,6 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
-class Drain:
-    """HTTP to engine: no new sequences will come; close the connections to the workers when the last one is done."""
-
-    type: Literal["drain"] = "drain"
-
-
-@dataclass(frozen=True, slots=True, config=_CONFIG)
 class TokenLogprobs:
     """Log-probability (natural, of the model's unmodified distribution) of one token and of the likeliest ones."""
 
@@ -163,7 +156,7 @@ class Status:
     type: Literal["status"] = "status"
 
 
-ToEngine = Generate | Abort | Drain
+ToEngine = Generate | Abort
 ToHttp = Step | Status
 Message = Annotated[ToEngine | ToHttp, Field(discriminator="type")]
 
