@@ -83,7 +83,7 @@ def test_the_environment_states_units_lists_and_groups(load: Load) -> None:
         ("gatway: {}", "unknown key 'gatway': did you mean 'gateway'?"),
         ("gateway: {prot: 1}", "unknown key 'gateway.prot': did you mean 'port'?"),
         ("experts: {a: {endpoint: 'grpc://a:1', tiemout: 1}}", "key 'experts.a.tiemout': did you mean 'timeout'?"),
-        ("worker: {zzz: 1}", "unknown key 'worker.zzz': known keys: host, port, group"),
+        ("log: {zzz: 1}", "unknown key 'log.zzz': known keys: level"),
         ("experts: {a: {}}", "experts.a.endpoint: Field required"),
         ("experts: {a: {endpoint: 'http://a:1'}}", "experts.a.endpoint: 'http://a:1' is not an endpoint; write grpc"),
         ("experts: {a: {endpoint: ['grpc://a:1', 'b:1']}}", "experts.a.endpoint: 'b:1' is not an endpoint"),
@@ -152,9 +152,20 @@ def test_a_file_that_is_not_one_mapping(load: Load, text: str, said: str) -> Non
 
 
 def test_anchors_and_merges_are_no_duplicates(load: Load) -> None:
-    text = "experts:\n  a: &a {endpoint: 'grpc://a:1', timeout: 1}\n  b: {<<: *a, endpoint: 'grpc://b:1'}\n"
+    text = (
+        "experts:\n"
+        "  a: &a {endpoint: 'grpc://a:1', timeout: 1}\n"
+        "  b: {<<: *a, <<: {max_batch: 5}, endpoint: 'grpc://b:1'}\n"
+        "  c: *a\n"
+    )
     experts = load(text, {"CONSILIUM_EXPERTS__A__TIMEOUT": "2"}).experts
-    assert (experts["a"].timeout, experts["b"].timeout, experts["b"].endpoint) == (2.0, 1.0, "grpc://b:1")
+    assert {name: group.timeout for name, group in experts.items()} == {"a": 2.0, "b": 1.0, "c": 1.0}
+    assert (experts["b"].endpoint, experts["b"].max_batch) == ("grpc://b:1", 5)
+
+
+def test_a_variable_that_was_overridden_is_not_blamed(load: Load) -> None:
+    with pytest.raises(ConfigError, match=r"^log\.level: "):
+        load("", {"CONSILIUM_LOG__LEVEL": "info"}, {"log.level": "loud"})
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -117,6 +117,14 @@ def test_an_expert_computes_a_row_once() -> None:
         decode_call(call, HIDDEN, torch.float32)
 
 
+def test_offsets_do_not_fall() -> None:
+    call = a_call()
+    call.experts.append(7)
+    call.offsets[:] = [0, 2, 1, 3]
+    with pytest.raises(WireError, match=r"^offsets: must not fall"):
+        decode_call(call, HIDDEN, torch.int8)
+
+
 def test_scales_come_only_with_int8_rows() -> None:
     call = a_call(torch.float32)
     decode_call(call, HIDDEN, torch.float32)

@@ -76,6 +76,12 @@ def test_a_lie_in_the_header_names_the_field(change: dict[str, object], said: st
         decode_tensor(message, "rows", torch.float32, (None, 3))
 
 
+def test_a_shape_that_torch_cannot_hold_is_refused() -> None:
+    message = tensor_pb2.Tensor(dtype=tensor_pb2.DTYPE_INT8, shape=[*[2**32 - 1] * 3, 0])
+    with pytest.raises(WireError, match=r"^rows: shape .* is too large"):
+        decode_tensor(message, "rows", torch.int8, (None,) * 4)
+
+
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=5), st.integers(0, 64), st.sampled_from(list(WIRE_DTYPES)))
 def test_no_shape_overflows(shape: list[int], size: int, dtype: torch.dtype) -> None:
     message = tensor_pb2.Tensor(dtype=WIRE_DTYPES[dtype], shape=shape, data=bytes(size))
