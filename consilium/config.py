@@ -56,6 +56,7 @@ class GatewayConfig(Section):
     kv_cache_memory: Size = Field(2 * 2**30, ge=2**20, description="memory for keys and values")
     layer_timeout: Duration = Field(60.0, gt=0, description="most time a layer waits for its experts, with retries")
     threads: int | None = Field(None, ge=1, description="compute threads of the engine; all cores by default")
+    metrics_all_experts: bool = Field(False, description="a series for every (layer, expert), not for 20 and the rest")
     drain_timeout: Duration = Field(30.0, ge=0, description="how long running requests may go on after SIGTERM")
 
 
@@ -86,6 +87,7 @@ class WorkerConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(50051, ge=0, le=65535, description="0 lets the system choose")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="serves metrics on it; 0: the system's choice")
     group: str = Field("experts", min_length=1, description="its entry under `experts:`")
     layers: str = Field("all", description="layers it holds: all, or for example 0-11,13")
     experts: str = Field("all", description="experts it holds in each of them: all, or for example 0-3,7")

@@ -23,6 +23,10 @@ def setup_logging(role: str, level: str = "info") -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def announce(address: str) -> None:
-    """Say on standard output that calls are accepted at ``address``; whoever started the process waits for this."""
-    print(json.dumps({"event": "listening", "address": address}), flush=True)
+def announce(address: str, metrics: str | None = None) -> None:
+    """Say on standard output that calls are accepted at ``address``; whoever started the process waits for this.
+
+    ``metrics`` is the URL to scrape where it is a port of its own.
+    """
+    line = {"event": "listening", "address": address}
+    print(json.dumps(line if metrics is None else {**line, "metrics": metrics}), flush=True)

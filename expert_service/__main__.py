@@ -23,6 +23,7 @@ FLAGS = {
     "experts": ("worker.experts", "experts to hold in each of them: all, or for example 0-3,7"),
     "host": ("worker.host", "address to listen on"),
     "port": ("worker.port", "port to listen on; 0 lets the system choose"),
+    "metrics-port": ("worker.metrics_port", "port to serve metrics on; 0 lets the system choose; none by default"),
     "threads": ("worker.threads", "compute threads; all cores by default"),
 }
 

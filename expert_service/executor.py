@@ -51,11 +51,17 @@ class Executor:
         self._computer = computer
         self._max_queue, self._max_bytes = max_queue, max_bytes
         self._waiting, self._waiting_bytes = 0, 0
+        self.busy_seconds = 0.0  # that the thread has spent on calls, whatever became of them
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         # A daemon: at the end of the drain time the process leaves even when a call is still computed.
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
+
+    @property
+    def unfinished(self) -> int:
+        """Calls that wait or are computed."""
+        return self._waiting
 
     def submit(self, call: expert_pb2.Call) -> Answer:
         """Queue a call; cancel the future to give it up. Raises TooLarge, or Overloaded when the queue is full."""
@@ -90,7 +96,10 @@ class Executor:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP's number is each thread's own
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
-                self._loop.call_soon_threadsafe(self._settle, job, self._run(job))
+                started = time.monotonic()
+                outcome = self._run(job)
+                self.busy_seconds += time.monotonic() - started
+                self._loop.call_soon_threadsafe(self._settle, job, outcome)
 
     def _run(self, job: _Job) -> expert_pb2.Result | Exception:
         try:

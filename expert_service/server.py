@@ -24,6 +24,7 @@ from consilium.telemetry import announce
 from consilium.wire import WIRE_DTYPES
 from expert_service.executor import Executor
 from expert_service.frame_computer import FrameComputer
+from expert_service.metrics import ServiceMetrics
 from expert_service.selection import select_experts, select_layers
 from expert_service.servicer import ExpertServicer
 from expert_service.store import ExpertStore, load_store
@@ -77,21 +78,24 @@ class Worker:
         )
 
     async def serve(self) -> None:
-        """Answer calls until SIGTERM or SIGINT, then drain. Raises ConfigError when the port cannot be had."""
+        """Answer calls until SIGTERM or SIGINT, then drain. Raises ConfigError when a port cannot be had."""
         config = self.config.worker
         computer = FrameComputer(self.store, self.arithmetic, self.model.hidden_size, self.max_batch, config.max_frame)
         executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
-        servicer = ExpertServicer(self.describe(), executor, UNREAD_FRAMES * config.max_frame)
+        description = self.describe()
+        metrics = ServiceMetrics(description, executor, self.store)
+        servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame)
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(config.max_frame))
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
         status = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = _listen(server, config.host, config.port)
+        scraped = None if config.metrics_port is None else metrics.serve(config.host, config.metrics_port)
         stopping = _catch_signals()
         await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
-        announce(address)
+        announce(address, scraped)
         await stopping.wait()
         await status.enter_graceful_shutdown()
         await _drain(servicer, config.drain_timeout)

@@ -13,6 +13,7 @@ import grpc
 
 from consilium.errors import ExpertUnavailable
 from expert_service.executor import Answer, Executor
+from expert_service.metrics import ServiceMetrics
 from expert_service.stream import ForwardStream
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 
@@ -24,8 +25,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     """Answers from one executor; everything but the computing happens on the event loop."""
 
-    def __init__(self, description: expert_pb2.DescribeResponse, executor: Executor, max_unread: int) -> None:
+    def __init__(
+        self, description: expert_pb2.DescribeResponse, executor: Executor, metrics: ServiceMetrics, max_unread: int
+    ) -> None:
         self._description, self._executor, self._max_unread = description, executor, max_unread
+        self._metrics = metrics
         self._draining = False
         self._streams: set[ForwardStream] = set()
         self._running = 0  # Forward and ForwardOnce together
@@ -67,9 +71,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             await self._quiet.wait()
 
     def _submit(self, call: expert_pb2.Call) -> Answer:
-        if self._draining:
-            raise ExpertUnavailable(DRAINING)
-        return self._executor.submit(call)
+        try:
+            if self._draining:
+                raise ExpertUnavailable(DRAINING)
+            answer = self._executor.submit(call)
+        except Exception as error:
+            self._metrics.refused(error)
+            raise
+        self._metrics.watch(call, answer)
+        return answer
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -1,0 +1,143 @@
+"""What a worker says of itself on its own /metrics; the gateway's metrics say how it looks from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from consilium import __version__
+from consilium.errors import ConfigError, ConsiliumError
+from expert_service.executor import Answer, Executor
+from expert_service.frame_computer import INDEX_BYTES
+from expert_service.store import ExpertStore
+from protos.expert.v1 import expert_pb2
+
+_PREFIX = "consilium_expert_service_"
+_LABELS = ("model_name", "group")
+_SECONDS = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+    *(0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+# gRPC's names in small letters; others may come beside these.
+_OUTCOMES = ("ok", "cancelled", "resource_exhausted", "deadline_exceeded", "unavailable", "internal")
+
+# A series of creation times beside every counter and histogram would double what is scraped.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client leaves this one without types
+
+
+class ServiceMetrics:
+    """Every metric of one worker, in a registry of its own."""
+
+    def __init__(self, description: expert_pb2.DescribeResponse, executor: Executor, store: ExpertStore) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = (description.model, description.group)
+        self._max_batch = description.max_batch
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_ExecutorCollector(executor, self._labels))
+        self._calls = Counter(
+            _PREFIX + "calls", "Calls by what became of them", (*_LABELS, "outcome"), registry=self.registry
+        )
+        for outcome in _OUTCOMES:  # a ratio of errors needs series that begin at 0
+            self._calls.labels(*self._labels, outcome)
+        self._rows = self._counter("rows", "Rows computed: (token, expert) pairs")
+        self._batches = self._counter("compute_batches", "Compute batches: calls are cut at max_batch rows")
+        self._received = self._counter("received_bytes", "Bytes of calls")
+        self._sent = self._counter("sent_bytes", "Bytes of results")
+        self._queue = self._histogram("queue_seconds", "From a call's arrival to the begin of its computing")
+        self._compute = self._histogram("compute_seconds", "Computing of one call")
+        self._inventory(description, store)
+
+    def refused(self, error: Exception) -> None:
+        """A call was not taken."""
+        self._count(_outcome_of(error))
+
+    def watch(self, call: expert_pb2.Call, answer: Answer) -> None:
+        """A call was taken; count it when it is done."""
+        self._received.inc(call.ByteSize())
+        rows = len(call.indices.data) // INDEX_BYTES
+        answer.add_done_callback(lambda done: self._finished(rows, done))
+
+    def serve(self, host: str, port: int) -> str:
+        """Answer scrapes on a thread of its own. Returns the URL; raises ConfigError when the port cannot be had."""
+        try:
+            server, _ = start_http_server(port, host, self.registry)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host} port {port} for metrics: {error.strerror}; choose another with "
+                "--metrics-port (0 lets the system choose)"
+            ) from None
+        return f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics"
+
+    def _finished(self, rows: int, answer: Answer) -> None:
+        if answer.cancelled():
+            self._count("cancelled")
+        elif (error := answer.exception()) is not None:
+            self._count(_outcome_of(error))
+        else:
+            result = answer.result()
+            self._count("ok")
+            self._rows.inc(rows)
+            self._batches.inc(-(-rows // self._max_batch))
+            self._sent.inc(result.ByteSize())
+            self._queue.observe(result.queue_us / 1e6)
+            self._compute.observe(result.compute_us / 1e6)
+
+    def _count(self, outcome: str) -> None:
+        self._calls.labels(*self._labels, outcome).inc()
+
+    def _inventory(self, description: expert_pb2.DescribeResponse, store: ExpertStore) -> None:
+        info = {
+            "version": __version__,
+            "device": description.device,
+            "quantization": description.quantization,
+            "numerics_class": description.numerics_class,
+            "model_fingerprint": description.model_fingerprint[:16],
+        }
+        names = (*_LABELS, *info)
+        always = Gauge(_PREFIX + "info", "Always 1; the labels say what runs", names, registry=self.registry)
+        always.labels(*self._labels, *info.values()).set(1)
+        self._gauge("experts", "(layer, expert) pairs held").set(sum(len(each) for each in store.hashes.values()))
+        self._gauge("weights_bytes", "Memory of their weights").set(store.nbytes)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(_PREFIX + name, text, _LABELS, registry=self.registry).labels(*self._labels)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(_PREFIX + name, text, _LABELS, registry=self.registry).labels(*self._labels)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        metric = Histogram(_PREFIX + name, text, _LABELS, buckets=_SECONDS, registry=self.registry)
+        return metric.labels(*self._labels)
+
+
+class _ExecutorCollector(Collector):
+    """Reads the executor at every scrape, so that nothing is counted on the thread that computes."""
+
+    def __init__(self, executor: Executor, labels: tuple[str, str]) -> None:
+        self._executor, self._labels = executor, labels
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Time the compute thread was not idle; its rate is the busy fraction"
+        busy = CounterMetricFamily(_PREFIX + "busy_seconds", text, labels=_LABELS)
+        busy.add_metric(self._labels, self._executor.busy_seconds)
+        yield busy
+        waiting = GaugeMetricFamily(_PREFIX + "calls_in_flight", "Calls that wait or are computed", labels=_LABELS)
+        waiting.add_metric(self._labels, self._executor.unfinished)
+        yield waiting
+
+
+def _outcome_of(error: BaseException) -> str:
+    """The code that the caller is told."""
+    kind = error if isinstance(error, ConsiliumError) else ConsiliumError
+    return kind.grpc_code.lower()
