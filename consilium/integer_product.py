@@ -25,7 +25,7 @@ MAX_SUMMED = (2**31 - 1) // 128**2
 
 # A kernel may take other paths for few rows, for odd sizes and for more than one block.
 PROOF_ROWS = (1, 2, 3, 4, 7, 16, 33, 64)
-PROOF_SIZES = ((1, 1), (5, 3), (16, 64), (33, 100), (64, 576), (48, 1025), (16, 2304))  # (N, K)
+PROOF_SIZES = ((1, 1), (6, 1), (5, 3), (16, 64), (33, 100), (64, 576), (48, 1025), (16, 2304))  # (N, K)
 EXTREMES = (-128, -127, -1, 0, 1, 126, 127)
 
 
@@ -97,6 +97,8 @@ def _right_on_outer(product: IntegerProduct, rows: int, outputs: int, summed: in
 
 
 def _int_mm(x: Tensor, w: Tensor) -> Tensor:
+    if x.shape[1] == 1:  # torch 2.13 answers with garbage
+        return x.int() * w.int().T
     return torch._int_mm(x, w.T)
 
 
