@@ -166,7 +166,7 @@ class FloatArithmetic:
 
 
 def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] times the transpose of weight [N, K] in tiles of equal size, the last one padded with zeros."""
+    """x [M, K], M > 0, times the transpose of weight [N, K] in tiles of equal size, the last one padded with zeros."""
     count = x.shape[0]
     padded = functional.pad(x, (0, 0, 0, -count % TILE))
     tiles = padded.view(-1, TILE, x.shape[1]).unbind()

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from consilium.checkpoint import ExpertTensors
+from consilium.config import Quantization, RowDType
+from consilium.experts import DTYPES, Arithmetic, compute_expert, find_arithmetic, tiled_linear
+from consilium.quantization import quantize_rows
+from consilium.silu import exp
+
+HIDDEN, SIZE = 72, 40
+MODES: list[tuple[Quantization, RowDType]] = [
+    ("none", "float32"),
+    ("none", "bfloat16"),
+    ("int8", "float32"),
+    ("int8", "bfloat16"),
+]
+modes = pytest.mark.parametrize(("quantization", "dtype"), MODES)
+
+
+def expert(seed: int, dtype: torch.dtype = torch.float32) -> ExpertTensors:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((SIZE, HIDDEN), (SIZE, HIDDEN), (HIDDEN, SIZE))
+    return ExpertTensors(*((torch.randn(shape, generator=generator) / 6).to(dtype) for shape in shapes))
+
+
+def inputs(arithmetic: Arithmetic, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Token rows as the gateway would send them."""
+    return quantize_rows(x) if arithmetic.row_dtype is torch.int8 else (x.to(arithmetic.row_dtype), None)
+
+
+def reference(tensors: ExpertTensors, x: Tensor) -> Tensor:
+    gate, up, down = (tensor.double() for tensor in tensors)
+    return (functional.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
+
+
+def bits(rows: Tensor) -> Tensor:
+    return rows.view(torch.int16 if rows.dtype is torch.bfloat16 else torch.int32)
+
+
+@modes
+def test_close_to_the_reference(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    tensors, x = expert(1), torch.randn(9, HIDDEN)
+    found = compute_expert(arithmetic, arithmetic.prepare(tensors), *inputs(arithmetic, x))
+    assert found.dtype == arithmetic.reply_dtype == getattr(torch, dtype)
+    expected = reference(tensors, x)
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < {"none-float32": 1e-6, "none-bfloat16": 1e-2}.get(f"{quantization}-{dtype}", 3e-2)
+
+
+def test_int8_is_the_definition_step_by_step() -> None:
+    arithmetic = find_arithmetic("int8", "float32", HIDDEN, SIZE)
+    tensors, x = expert(2), torch.randn(5, HIDDEN) * 3
+
+    def product(rows: Tensor, weight: Tensor) -> Tensor:
+        (a, scale_a), (b, scale_b) = quantize_rows(rows), quantize_rows(weight)
+        return ((a.long() @ b.long().T).float() * scale_a[:, None]) * scale_b
+
+    gate, up = product(x, tensors.gate), product(x, tensors.up)
+    activated = torch.from_numpy(gate.numpy() / (exp(-gate.numpy()) + np.float32(1))) * up
+    found = compute_expert(arithmetic, arithmetic.prepare(tensors), *quantize_rows(x))
+    assert torch.equal(found, product(activated, tensors.down))
+    rounded = find_arithmetic("int8", "bfloat16", HIDDEN, SIZE)
+    assert torch.equal(compute_expert(rounded, rounded.prepare(tensors), *quantize_rows(x)), found.bfloat16())
+
+
+@modes
+def test_a_row_has_the_same_bits_in_any_batch(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    weights = arithmetic.prepare(expert(3))
+    rows, scales = inputs(arithmetic, torch.randn(70, HIDDEN))
+    together = compute_expert(arithmetic, weights, rows, scales)
+    order = torch.randperm(70)
+    for chosen in (order, *order.split([1, 2, 3, 5, 16, 31, 12])):
+        found = compute_expert(arithmetic, weights, rows[chosen], None if scales is None else scales[chosen])
+        assert torch.equal(bits(found), bits(together[chosen]))
+
+
+@modes
+def test_several_experts_at_once(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    experts = [arithmetic.prepare(expert(seed)) for seed in range(4)]
+    rows, scales = inputs(arithmetic, torch.randn(12, HIDDEN))
+    offsets: Sequence[int] = [0, 5, 5, 11, 12]  # the second has no rows
+    found = arithmetic.compute(experts, offsets, rows, scales)
+    for weights, start, end in zip(experts, offsets, offsets[1:], strict=False):
+        if start < end:
+            alone = compute_expert(arithmetic, weights, rows[start:end], None if scales is None else scales[start:end])
+            assert torch.equal(bits(found[start:end]), bits(alone))
+
+
+@modes
+def test_a_bad_row_harms_no_other(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    weights = arithmetic.prepare(expert(4))
+    x = torch.randn(4, HIDDEN)
+    clean = compute_expert(arithmetic, weights, *inputs(arithmetic, x))
+    x[1], x[2, 7] = torch.inf, torch.nan
+    found = compute_expert(arithmetic, weights, *inputs(arithmetic, x))
+    assert found[1:3].isnan().all()
+    assert torch.equal(bits(found[[0, 3]]), bits(clean[[0, 3]]))
+
+
+@modes
+def test_weights_are_copied(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    tensors = expert(5, arithmetic.reply_dtype)
+    weights = arithmetic.prepare(tensors)
+    before = weights.content_hash()
+    for tensor in tensors:
+        tensor.zero_()
+    assert weights.content_hash() == before
+
+
+@modes
+def test_the_content_hash_tells_weights_apart(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    first = arithmetic.prepare(expert(6)).content_hash()
+    assert len(first) == 16
+    assert arithmetic.prepare(expert(6)).content_hash() == first
+    hashes = {first}
+    for changed in range(3):
+        tensors = expert(6)
+        tensors[changed][1, 2] += 1
+        hashes.add(arithmetic.prepare(tensors).content_hash())
+    assert len(hashes) == 4
+
+
+def test_the_content_hash_covers_dtype_and_shape() -> None:
+    zeros = ExpertTensors(torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(6, 4))
+    other_shape = ExpertTensors(torch.zeros(6, 4), torch.zeros(6, 4), torch.zeros(4, 6))
+    arithmetics = [find_arithmetic("none", dtype, 4, 6) for dtype in DTYPES]
+    hashes = {each.prepare(tensors).content_hash() for each in arithmetics for tensors in (zeros, other_shape)}
+    assert len(hashes) == 4
+
+
+def test_numerics_classes() -> None:
+    classes = [find_arithmetic(quantization, dtype, 4, 6).numerics_class for quantization, dtype in MODES]
+    assert classes[2] == classes[3] == "int8/cpu/v1"
+    assert classes[0].startswith("float32/cpu/")
+    assert classes[1].startswith("bfloat16/cpu/")
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64])
+def test_tiles_cover_every_row(count: int) -> None:
+    x, weight = torch.randn(count, 20), torch.randn(7, 20)
+    assert torch.allclose(tiled_linear(x, weight), x @ weight.T, atol=1e-5)
