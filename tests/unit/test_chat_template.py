@@ -80,7 +80,7 @@ def test_a_client_cannot_replace_what_the_template_sees() -> None:
         "{{ messages[0].update({'content': 'x'}) }}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}{{ os }}",
-        "{{ range(10 ** 9) | list }}",
+        "{{ range(10 ** 6) | list }}",
         "{{ self.__init__.__globals__ }}",
         "{{ joiner.__init__.__builtins__ }}",
     ],
