@@ -18,8 +18,9 @@ from torch import Tensor
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable
 from consilium.frames import Frame, decode_result
 from gateway.batches import ExpertBatches
+from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion
-from gateway.messages import WorkerStats
+from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
 from gateway.placement import Placement, assign
 from protos.expert.v1 import expert_pb2
 
@@ -52,10 +53,11 @@ class Worker(Protocol):
 class Dispatcher:
     """Knows the current placement, and who did how much work."""
 
-    def __init__(self, row_dtype: torch.dtype, layer_timeout: float) -> None:
+    def __init__(self, row_dtype: torch.dtype, layer_timeout: float, meter: ExpertMeter) -> None:
         self.placement = Placement()
         self.workers: Mapping[str, Worker] = {}
         self._row_dtype, self._layer_timeout = row_dtype, layer_timeout
+        self._meter = meter
         self._stats: dict[str, WorkerStats] = {}
         self._turn = 0
 
@@ -65,6 +67,7 @@ class Dispatcher:
         A frame whose worker fails is sent again to other holders of its experts; what nobody answers for by the
         layer's deadline is missing for the rows that need it, and for no others.
         """
+        self._meter.add(layer, batches)
         hidden_size = batches.rows.shape[1]
         outputs = torch.zeros(len(batches.slots), hidden_size)
         failures: dict[int, Exception] = {}
@@ -81,10 +84,12 @@ class Dispatcher:
                 worker = self.workers[address]
                 limit = min(deadline, time.monotonic() + worker.time_limit(len(pairs)))
                 calls.append((worker, positions, pairs, worker.send(frame, limit)))
+                self._count(worker, failovers=bool(excluded))
             wanted = []
             for worker, positions, pairs, call in calls:
                 try:
                     outputs[batches.slots[pairs]] = await self._collect(worker, call, len(pairs), hidden_size)
+                    self._count_expert_calls(worker, np.diff(batches.offsets)[positions])
                 except ConsiliumError as error:
                     self._count(worker, failures=1)
                     if error.retryable:
@@ -132,6 +137,11 @@ class Dispatcher:
         stats = self._stats.setdefault(worker.address, WorkerStats(worker.group, worker.address))
         for name, amount in amounts.items():
             setattr(stats, name, getattr(stats, name) + amount)
+
+    def _count_expert_calls(self, worker: Worker, rows: NDArray[np.int64]) -> None:
+        stats = self._stats[worker.address]
+        found = np.bincount(np.searchsorted(EXPERT_CALL_ROWS, rows), minlength=len(EXPERT_CALL_ROWS) + 1)
+        stats.expert_calls = (found + stats.expert_calls if stats.expert_calls else found).tolist()
 
     @staticmethod
     def _fail(batches: ExpertBatches, position: int, error: Exception, failures: dict[int, Exception]) -> None:

@@ -24,6 +24,7 @@ from consilium.telemetry import setup_logging
 from consilium.wire import ROW_DTYPES, WIRE_DTYPES
 from gateway.dispatcher import Dispatcher
 from gateway.engine import Engine
+from gateway.expert_meter import ExpertMeter
 from gateway.kv_cache import KVPool
 from gateway.mailbox import Mailbox
 from gateway.messages import LENGTH_BYTES, Abort, Generate, Status, ToHttp, pack, unpack
@@ -54,7 +55,8 @@ class EngineProcess:
         self._checkpoint = Checkpoint(resolve_model(config.model))
         dtype = ROW_DTYPES[config.dtype]
         self._mailbox = Mailbox(self._handle)
-        self._dispatcher = Dispatcher(dtype, config.gateway.layer_timeout)
+        self._meter = ExpertMeter(self._checkpoint.config)
+        self._dispatcher = Dispatcher(dtype, config.gateway.layer_timeout, self._meter)
         pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
         self._engine = Engine(
             Model(self._checkpoint, dtype, self._dispatcher, int8=config.quantization == "int8"),
@@ -71,10 +73,13 @@ class EngineProcess:
         io = threading.Thread(target=lambda: asyncio.run(self._io()), name="io", daemon=True)
         io.start()
         while not self._closed:
-            while self._mailbox.receive(0 if self._engine.has_work else None) and not self._closed:
+            while self._mailbox.receive(0 if self._engine.has_work else self._meter.due_in()) and not self._closed:
                 pass
             if self._engine.has_work and not self._closed:
                 self._send(self._engine.step())
+            load = self._meter.take_report()
+            if load is not None and not self._closed:
+                self._send(load)
 
     # -- this thread ---------------------------------------------------------------------------------------------
 
@@ -100,6 +105,7 @@ class EngineProcess:
             detail=describe_missing(missing) if missing else "ready",
             workers=view.statuses,
             kv_tokens_total=self._engine.scheduler.pool.total_tokens,
+            missing_experts=len(missing),
         )
         if status != self._status:
             self._status = status

@@ -46,6 +46,15 @@ class Job:
         Close the iterator to end early (``aclosing``): the engine then drops what is still running. Raises NotReady,
         Overloaded and whatever error a sequence ends with.
         """
+        try:
+            async with aclosing(self._deltas()) as batches:
+                async for deltas in batches:
+                    yield deltas
+        except Exception as error:
+            self.gateway.metrics.request_failed(error)
+            raise
+
+    async def _deltas(self) -> AsyncGenerator[list[tuple[Choice, Delta]], None]:
         sequences = [NewSequence(choice.prompt.ids, self.sampling, choice.number) for choice in self.choices]
         with self.gateway.engine.open(sequences) as generation:
             self.gateway.metrics.prompt_tokens.inc(self.prompt_tokens())

@@ -94,6 +94,10 @@ class Output:
     queue_seconds: float | None = None
 
 
+# Bounds of the buckets in which expert calls are counted by their rows; the last bucket has none.
+EXPERT_CALL_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
 @dataclass(slots=True, config=_CONFIG)
 class WorkerStats:
     """What one worker did for this gateway since the last message."""
@@ -103,11 +107,14 @@ class WorkerStats:
     frames: int = 0
     rows: int = 0  # (token, expert) pairs
     failures: int = 0
+    failovers: int = 0  # frames it got because another worker had failed
     bytes_sent: int = 0
     bytes_received: int = 0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
     wire_seconds: float = 0.0  # round trip less queue and compute
+    # Computed (frame, expert) pairs by their rows: how many in each bucket of EXPERT_CALL_ROWS; empty is none.
+    expert_calls: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
@@ -153,11 +160,20 @@ class Status:
     detail: str  # one sentence for /ready, for example which experts nobody holds
     workers: list[WorkerStatus]
     kv_tokens_total: int
+    missing_experts: int = 0  # (layer, expert) pairs nobody holds
     type: Literal["status"] = "status"
 
 
+@dataclass(frozen=True, slots=True, config=_CONFIG)
+class ExpertLoad:
+    """Engine to HTTP: rows that went to each expert since the last such message. At most one in a second."""
+
+    rows: dict[int, list[int]]  # of all the experts of a layer, by layer; layers without any are left out
+    type: Literal["expert_load"] = "expert_load"
+
+
 ToEngine = Generate | Abort
-ToHttp = Step | Status
+ToHttp = Step | Status | ExpertLoad
 Message = Annotated[ToEngine | ToHttp, Field(discriminator="type")]
 
 # A log-probability may be -Infinity, which JSON would otherwise turn into null.

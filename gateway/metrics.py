@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 
 from consilium import __version__
-from gateway.messages import EngineStats, Status, WorkerStats
+from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, NotReady, Overloaded
+from gateway.expert_load import ExpertLoadTable
+from gateway.messages import EngineStats, ExpertLoad, Status
+from gateway.worker_metrics import WorkerMetrics
 
 _PREFIX = "consilium_"
 _TIME_TO_FIRST_TOKEN = (
@@ -25,17 +29,6 @@ _REQUEST = (
 )
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_WORKER_COUNTERS = {
-    "frames": ("worker_frames", "Frames sent, one per layer and step"),
-    "rows": ("worker_rows", "Rows computed: (token, expert) pairs"),
-    "failures": ("worker_failures", "Frames that failed or came too late"),
-    "bytes_sent": ("worker_sent_bytes", "Bytes of the frames sent"),
-    "bytes_received": ("worker_received_bytes", "Bytes of the replies"),
-    "queue_seconds": ("worker_queue_seconds", "Time frames waited in the worker"),
-    "compute_seconds": ("worker_compute_seconds", "Time the worker computed"),
-    "wire_seconds": ("worker_wire_seconds", "Round trips less queue and compute time"),
-}
-
 # A series of creation times beside every counter and histogram would double what is scraped.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client leaves this one without types
 
@@ -43,7 +36,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client 
 class Metrics:
     """Every metric of one gateway, in a registry of its own."""
 
-    def __init__(self, model_name: str, engine_pid: int | None = None) -> None:
+    def __init__(self, model_name: str, engine_pid: int | None = None, *, all_experts: bool = False) -> None:
         self.registry = CollectorRegistry()
         self._model = model_name
         ProcessCollector(registry=self.registry)
@@ -52,7 +45,10 @@ class Metrics:
         self._gauge("build_info", "Always 1; the version is a label", "version").labels(model_name, __version__).set(1)
         self._requests()
         self._engine()
-        self._workers()
+        self._workers = WorkerMetrics(model_name)
+        self.registry.register(self._workers)
+        self.experts = ExpertLoadTable(model_name, show_all=all_experts)
+        self.registry.register(self.experts)
 
     def exposition(self, accept: str | None) -> tuple[bytes, str]:
         """The text of all metrics, and its content type as the scraper asked for it."""
@@ -62,6 +58,15 @@ class Metrics:
     def answered(self, route: str, status: int) -> None:
         """An HTTP request got its answer; ``route`` is the route's pattern."""
         self._http_requests.labels(self._model, route, str(status)).inc()
+
+    def watch_ready(self, is_ready: Callable[[], bool]) -> None:
+        """Ask ``is_ready`` at every scrape."""
+        self._ready.set_function(is_ready)
+
+    def request_failed(self, error: Exception) -> None:
+        """A request that was to be computed ended with an error, perhaps in the middle of a stream."""
+        kind = type(error) if isinstance(error, ConsiliumError) else ConsiliumError
+        self._failed.labels(self._model, kind.__name__).inc()
 
     def choice_finished(self, reason: str) -> None:
         """One choice of a request ended well."""
@@ -77,20 +82,26 @@ class Metrics:
         if computed:
             self.step_tokens.observe(computed)
             self.step_seconds.observe(stats.step_seconds)
-        for worker in stats.workers:
-            self._count_worker(worker)
+        self._workers.count(stats.workers)
 
     def status(self, status: Status) -> None:
         """The engine says anew which workers it reaches."""
-        for worker in status.workers:
-            self._count_worker(WorkerStats(worker.group, worker.address))  # series begin at 0
-            self._worker_connected.labels(self._model, worker.group, worker.address).set(worker.connected)
-            self._worker_experts.labels(self._model, worker.group, worker.address).set(worker.experts)
+        self._workers.follow(status.workers)
+        self.missing_experts.set(status.missing_experts)
+
+    def expert_load(self, load: ExpertLoad) -> None:
+        """The engine says which experts got how many rows."""
+        self.experts.add(load.rows)
 
     def _requests(self) -> None:
         # Nothing that a client chooses freely becomes a label: every value is a series for ever.
         self._http_requests = self._counter("http_requests", "HTTP requests answered", "route", "status")
         self._finished = self._counter("request_success", "Choices that ended well", "finished_reason")
+        for reason in ("stop", "length"):  # ratios need series that begin at 0
+            self._finished.labels(self._model, reason)
+        self._failed = self._counter("request_failure", "Requests that ended with an error, streams too", "error")
+        for kind in (ExpertUnavailable, DeadlineExceeded, NotReady, Overloaded, ConsiliumError):
+            self._failed.labels(self._model, kind.__name__)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests").labels(self._model)
         self.generated = self._counter("generation_tokens", "Tokens generated for requests").labels(self._model)
         first = "From the request's arrival to its first token"
@@ -103,6 +114,10 @@ class Metrics:
         self.decode_time = self._histogram("request_decode_time_seconds", "From first to last token", _REQUEST)
 
     def _engine(self) -> None:
+        self._ready = self._gauge("ready", "1 while requests are taken, as /ready says").labels(self._model)
+        self.missing_experts = self._gauge("missing_experts", "(layer, expert) pairs that no worker holds").labels(
+            self._model
+        )
         self.running = self._gauge("num_requests_running", "Sequences in the engine's batch").labels(self._model)
         self.waiting = self._gauge("num_requests_waiting", "Sequences that wait for space").labels(self._model)
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1").labels(self._model)
@@ -111,17 +126,6 @@ class Metrics:
         # Others call it iteration_tokens_total, but promtool wants that ending for counters alone.
         self.step_tokens = self._histogram("iteration_tokens", "Tokens computed in one step", _STEP_TOKENS)
         self.step_seconds = self._histogram("iteration_seconds", "Duration of one step", _STEP)
-
-    def _workers(self) -> None:
-        self._worker_counters = {
-            field: self._counter(name, text, "group", "worker") for field, (name, text) in _WORKER_COUNTERS.items()
-        }
-        self._worker_connected = self._gauge("worker_connected", "1 while the worker is reached", "group", "worker")
-        self._worker_experts = self._gauge("worker_experts", "(layer, expert) pairs it holds", "group", "worker")
-
-    def _count_worker(self, worker: WorkerStats) -> None:
-        for field, counter in self._worker_counters.items():
-            counter.labels(self._model, worker.group, worker.address).inc(getattr(worker, field))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, text, ("model_name", *labels), registry=self.registry)

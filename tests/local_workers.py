@@ -13,6 +13,7 @@ from torch import Tensor
 from consilium.checkpoint import Checkpoint
 from consilium.frames import Frame, encode_result
 from gateway.dispatcher import Dispatcher, Reply
+from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion, Mailbox
 from gateway.placement import build_placement
 
@@ -58,7 +59,7 @@ def local_dispatcher(
     checkpoint: Checkpoint, mailbox: Mailbox, experts: Iterable[Iterable[int]]
 ) -> tuple[Dispatcher, list[LocalWorker]]:
     """A dispatcher over one worker for each set of experts; every worker holds its set in every layer."""
-    dispatcher = Dispatcher(torch.float32, layer_timeout=10.0)
+    dispatcher = Dispatcher(torch.float32, 10.0, ExpertMeter(checkpoint.config))
     held = {f"worker-{number}:1": list(each) for number, each in enumerate(experts)}
     workers = [LocalWorker(address, checkpoint, mailbox) for address in held]
     dispatcher.workers = {worker.address: worker for worker in workers}

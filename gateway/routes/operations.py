@@ -72,6 +72,13 @@ async def load(gateway: GatewayOf) -> Response:
     )
 
 
+@router.get("/load/experts")
+async def expert_load(gateway: GatewayOf) -> Response:
+    """Rows that went to each expert since the gateway started, at most a second old; `rows` is by expert id."""
+    layers = sorted(gateway.metrics.experts.rows.items())
+    return JSONResponse({"layers": [{"layer": layer, "rows": rows} for layer, rows in layers]})
+
+
 @router.get("/metrics")
 async def metrics(request: Request, gateway: GatewayOf) -> Response:
     """For Prometheus."""

@@ -1,0 +1,44 @@
+"""The engine's side of expert load: counts the rows that the gates route to each expert, and when to report them.
+
+Letters: L layers, E experts in a layer.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from consilium.model_config import ModelConfig
+from gateway.batches import ExpertBatches
+from gateway.messages import ExpertLoad
+
+REPORT_INTERVAL = 1.0  # seconds between reports while there is traffic: a report holds up to L x E numbers
+
+
+class ExpertMeter:
+    """Rows of every (layer, expert) since the last report, whoever computed them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._rows = np.zeros((config.num_layers, config.num_experts), dtype=np.int64)  # [L, E]
+        self._counted = False
+        self._next_report = 0.0  # on time.monotonic's clock
+
+    def add(self, layer: int, batches: ExpertBatches) -> None:
+        """Count the rows of one layer in one step."""
+        self._rows[layer, batches.experts] += np.diff(batches.offsets)
+        self._counted = True
+
+    def due_in(self) -> float | None:
+        """Seconds until there is something to report; None while there is nothing."""
+        return max(0.0, self._next_report - time.monotonic()) if self._counted else None
+
+    def take_report(self) -> ExpertLoad | None:
+        """What was counted since the last report, if that is due."""
+        if self.due_in() != 0.0:
+            return None
+        report = ExpertLoad({layer: rows.tolist() for layer, rows in enumerate(self._rows) if rows.any()})
+        self._rows.fill(0)
+        self._counted = False
+        self._next_report = time.monotonic() + REPORT_INTERVAL
+        return report
