@@ -9,6 +9,9 @@ from typing import Any
 from gateway.messages import TokenLogprobs
 from gateway.vocabulary import Vocabulary
 
+# JSON has no -Infinity; this is what OpenAI's server writes for a token that cannot be.
+_IMPOSSIBLE = -9999.0
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -31,7 +34,9 @@ class LogprobsFormat:
         """Four parallel lists. The chosen token is always among its `top_logprobs`, likely or not."""
         return {
             "tokens": [self._name(entry.token) for entry in entries],
-            "token_logprobs": [None if entry.logprobs is None else entry.logprobs.logprob for entry in entries],
+            "token_logprobs": [
+                None if entry.logprobs is None else _finite(entry.logprobs.logprob) for entry in entries
+            ],
             "top_logprobs": [None if entry.logprobs is None else self._by_name(entry.logprobs) for entry in entries],
             "text_offset": [entry.offset for entry in entries],
         }
@@ -49,7 +54,7 @@ class LogprobsFormat:
 
     def _chat_token(self, token: TokenLogprobs) -> dict[str, Any]:
         top = [self._chat_alternative(other, logprob) for other, logprob in self._top(token)]
-        return {**self._chat_alternative(token.token, token.logprob), "top_logprobs": top}
+        return {**self._chat_alternative(token.token, _finite(token.logprob)), "top_logprobs": top}
 
     def _chat_alternative(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self._name(token), "logprob": logprob, "bytes": list(self.vocabulary.token_bytes(token))}
@@ -57,7 +62,7 @@ class LogprobsFormat:
     def _by_name(self, token: TokenLogprobs) -> dict[str, float]:
         # Different tokens can have the same text; the likelier one, which comes first, keeps the name.
         named: dict[str, float] = {}
-        for other, logprob in (*self._top(token), (token.token, token.logprob)):
+        for other, logprob in (*self._top(token), (token.token, _finite(token.logprob))):
             named.setdefault(self._name(other), logprob)
         return named
 
@@ -67,7 +72,7 @@ class LogprobsFormat:
             for rank, (other, logprob) in enumerate(self._top(token), start=1)
         }
         chosen = {
-            "logprob": token.logprob,
+            "logprob": _finite(token.logprob),
             "rank": None,
             "decoded_token": self.vocabulary.token_text(token.token),
         }
@@ -75,7 +80,12 @@ class LogprobsFormat:
         return ranked
 
     def _top(self, token: TokenLogprobs) -> list[tuple[int, float]]:
-        return list(zip(token.top_tokens, token.top_logprobs, strict=True))[: self.alternatives]
+        shown = list(zip(token.top_tokens, token.top_logprobs, strict=True))[: self.alternatives]
+        return [(other, _finite(logprob)) for other, logprob in shown]
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self.as_token_ids else self.vocabulary.token_text(token)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _IMPOSSIBLE)
