@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -132,15 +133,10 @@ def test_refusals_of_chat(fields: dict[str, Any], param: str) -> None:
 
 def test_what_clients_send_and_what_changes_nothing_is_taken() -> None:
     """Nulls, the off values of features that are not here, and OpenAI's bookkeeping."""
-    body = chat(
-        **{"stop": None, "n": None, "temperature": None, "tools": None, "audio": None, "stream_options": None},
-        user="me",
-        metadata={"a": "b"},
-        store=True,
-        service_tier="auto",
-        **{"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "parallel_tool_calls": True},
-    )
-    assert body == chat()
+    nulls = dict.fromkeys(("stop", "n", "temperature", "audio", "stream_options", "reasoning_effort"))
+    off = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "parallel_tool_calls": True}
+    bookkeeping = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
+    assert chat(**nulls, **off, **bookkeeping) == chat()
     assert completion(best_of=1, suffix="", use_beam_search=False) == completion(best_of=1)
 
 
@@ -182,7 +178,14 @@ def test_parts_of_text_become_one() -> None:
 
 
 def test_a_message_may_be_sent_back_as_it_came() -> None:
-    came = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "tool_calls": None, "audio": None}
+    came: dict[str, Any] = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "annotations": [],
+        "tool_calls": None,
+        "audio": None,
+    }
     assert chat(messages=[came]).messages[0].for_template() == {"role": "assistant", "content": "x"}
 
 
@@ -218,8 +221,14 @@ def test_what_only_the_model_can_refuse(fields: dict[str, Any], param: str) -> N
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
-    [({}, None), ({"echo": True}, None), ({"logprobs": 2}, None), ({"echo": True, "logprobs": 2}, 2)]
-    + [({"prompt_logprobs": 0}, 0), ({"prompt_logprobs": 3, "echo": True, "logprobs": 2}, 3)],
+    [
+        ({}, None),
+        ({"echo": True}, None),
+        ({"logprobs": 2}, None),
+        ({"echo": True, "logprobs": 2}, 2),
+        ({"prompt_logprobs": 0}, 0),
+        ({"prompt_logprobs": 3, "echo": True, "logprobs": 2}, 3),
+    ],
 )
 def test_the_prompts_logprobs_are_computed_only_when_asked_for(fields: dict[str, Any], expected: int | None) -> None:
     assert completion(**fields).wanted_prompt_logprobs() == expected
@@ -240,9 +249,7 @@ JSON = st.recursive(
 
 
 @given(content=st.dictionaries(st.sampled_from([*CompletionBody.model_fields, *ChatBody.model_fields]), JSON))
-def test_any_json_is_either_a_request_or_refused(content: dict[str, Any]) -> None:
+def test_any_json_is_a_request_or_refused_as_one(content: dict[str, Any]) -> None:
     for model in (CompletionBody, ChatBody):
-        try:
+        with contextlib.suppress(InvalidRequest):
             parse_body(model, json.dumps(content).encode())
-        except InvalidRequest as error:
-            assert error.message
