@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+import torch
+
+from consilium.errors import DeadlineExceeded, Overloaded, StalePlacement, TooLarge, WireError
+from consilium.experts import find_arithmetic
+from consilium.frames import Frame, decode_result, encode_call
+from consilium.quantization import quantize_rows
+from expert_service.executor import Answer, Executor
+from expert_service.frame_computer import FrameComputer
+from expert_service.store import ExpertStore
+from protos.expert.v1 import expert_pb2
+from tests.unit.test_experts import HIDDEN, SIZE, expert, reference
+
+LAYER = 3
+MAX_FRAME = 2**16
+
+
+def make_computer(max_batch: int = 4096, quantization: str = "none") -> FrameComputer:
+    """Experts 0, 1 and 4 of layer 3."""
+    arithmetic = find_arithmetic("int8" if quantization == "int8" else "none", "float32", HIDDEN, SIZE)
+    store = ExpertStore([LAYER])
+    for number in (0, 1, 4):
+        store.add(LAYER, number, arithmetic.prepare(expert(number)))
+    return FrameComputer(store, arithmetic, HIDDEN, max_batch, MAX_FRAME)
+
+
+def make_frame(rows: int = 5, experts: tuple[int, ...] = (0, 4)) -> Frame:
+    """Every row asked of every expert, in falling order."""
+    x = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(rows))
+    order = torch.arange(rows - 1, -1, -1, dtype=torch.int32)
+    offsets = [rows * position for position in range(len(experts) + 1)]
+    return Frame(LAYER, x, None, list(experts), offsets, order.repeat(len(experts)))
+
+
+def make_call(rows: int = 5, call_id: int = 1, deadline_ms: int = 0) -> expert_pb2.Call:
+    return encode_call(make_frame(rows), call_id, deadline_ms)
+
+
+def no_check() -> None:
+    pass
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 7, 10, 4096])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_frame_is_the_same_in_batches_of_any_size(max_batch: int, quantization: str) -> None:
+    frame = make_frame()
+    sent = frame
+    if quantization == "int8":
+        rows, scales = quantize_rows(frame.rows)
+        sent = Frame(frame.layer, rows, scales, frame.experts, frame.offsets, frame.indices)
+    call = encode_call(sent, 1)
+    found = [
+        decode_result(make_computer(each, quantization).compute(call, 0.0, no_check), 10, HIDDEN, torch.float32)
+        for each in (max_batch, 4096)
+    ]
+    assert torch.equal(*found)
+    expected = torch.cat([reference(expert(number), frame.rows.flip(0)) for number in (0, 4)]).float()
+    assert (found[0] - expected).norm() / expected.norm() < (1e-6 if quantization == "none" else 3e-2)
+
+
+def test_a_frame_without_rows() -> None:
+    for frame in (make_frame(experts=()), make_frame(rows=0)):
+        result = make_computer().compute(encode_call(frame, 1), 0.0, no_check)
+        assert decode_result(result, 0, HIDDEN, torch.float32).shape == (0, HIDDEN)
+
+
+def test_experts_that_are_not_held() -> None:
+    computer = make_computer()
+    with pytest.raises(StalePlacement, match=r"experts 2, 3 of layer 3 .* holds 0, 1, 4"):
+        computer.compute(encode_call(make_frame(experts=(0, 2, 3)), 1), 0.0, no_check)
+    call = make_call()
+    call.layer = 7
+    with pytest.raises(StalePlacement, match=r"layer 7 .* holds layers 3"):
+        computer.compute(call, 0.0, no_check)
+    call = make_call()
+    call.weight_version = "x"
+    with pytest.raises(StalePlacement, match="weight version 'x'"):
+        computer.compute(call, 0.0, no_check)
+
+
+def test_a_call_or_a_result_over_the_largest_frame() -> None:
+    computer = make_computer()
+    assert computer.result_bytes(make_call()) == 10 * HIDDEN * 4
+    with pytest.raises(TooLarge, match=r"the call takes \d+ bytes, more than .* 64KiB"):
+        computer.result_bytes(make_call(rows=300))
+    frame = make_frame(rows=1)
+    many = Frame(LAYER, frame.rows, None, [0], [0, 1000], torch.zeros(1000, dtype=torch.int32))
+    with pytest.raises(TooLarge, match="the result of 1000 rows takes 288000 bytes"):
+        computer.result_bytes(encode_call(many, 1))
+
+
+class Gate(FrameComputer):
+    """Computes nothing until it is opened; counts what it was asked to compute."""
+
+    def __init__(self) -> None:
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.computed: list[int] = []
+        self.failure: Exception | None = None
+
+    def result_bytes(self, call: expert_pb2.Call) -> int:  # noqa: ARG002 (the base's signature)
+        return 0
+
+    def compute(
+        self,
+        call: expert_pb2.Call,
+        received: float,  # noqa: ARG002 (the base's signature)
+        check: Callable[[], None],
+    ) -> expert_pb2.Result:
+        self.entered.set()
+        assert self.opened.wait(30)
+        check()
+        if self.failure is not None:
+            raise self.failure
+        self.computed.append(call.call_id)
+        return expert_pb2.Result(queue_us=call.call_id)
+
+
+def run(body: Callable[[Executor, Gate], Awaitable[None]], max_queue: int = 4, max_bytes: int = 2**20) -> Gate:
+    gate = Gate()
+
+    async def main() -> None:
+        executor = Executor(gate, max_queue, max_bytes)
+        try:
+            await asyncio.wait_for(body(executor, gate), 30)
+        finally:
+            gate.opened.set()
+            executor.close()
+
+    asyncio.run(main())
+    return gate
+
+
+async def outcome(answer: Answer) -> str:
+    """What an answer came to: its result, the class of its error, or "cancelled"."""
+    await asyncio.wait([answer])
+    if answer.cancelled():
+        return "cancelled"
+    error = answer.exception()
+    return str(answer.result().queue_us) if error is None else type(error).__name__
+
+
+def test_calls_are_computed_in_order_off_the_event_loop() -> None:
+    async def body(executor: Executor, gate: Gate) -> None:
+        answers = [executor.submit(make_call(call_id=number)) for number in (1, 2, 3)]
+        await asyncio.to_thread(gate.entered.wait)  # the loop goes on while a call is computed
+        assert not any(answer.done() for answer in answers)
+        gate.opened.set()
+        assert [await outcome(answer) for answer in answers] == ["1", "2", "3"]
+
+    assert run(body).computed == [1, 2, 3]
+
+
+def test_a_full_queue_refuses_and_recovers() -> None:
+    async def body(executor: Executor, gate: Gate) -> None:
+        answers = [executor.submit(make_call(call_id=number)) for number in range(4)]
+        with pytest.raises(Overloaded, match=r"4 calls .* try again"):
+            executor.submit(make_call())
+        gate.opened.set()
+        await asyncio.wait(answers)
+        assert await outcome(executor.submit(make_call(call_id=9))) == "9"
+
+    run(body)
+
+
+def test_the_queue_is_bounded_in_bytes() -> None:
+    async def body(executor: Executor, gate: Gate) -> None:
+        size = make_call(rows=100).ByteSize()
+        first = executor.submit(make_call(rows=100))
+        with pytest.raises(Overloaded, match=f"1 calls of {size} bytes wait"):
+            executor.submit(make_call(rows=130))
+        gate.opened.set()
+        await asyncio.wait([first])
+        assert await outcome(executor.submit(make_call(rows=130))) == "1"
+
+    run(body, max_bytes=50_000)
+
+
+def test_a_cancelled_call_is_not_computed() -> None:
+    async def body(executor: Executor, gate: Gate) -> None:
+        answers = [executor.submit(make_call(call_id=number)) for number in (1, 2, 3)]
+        await asyncio.to_thread(gate.entered.wait)
+        answers[1].cancel()
+        gate.opened.set()
+        assert [await outcome(answer) for answer in answers] == ["1", "cancelled", "3"]
+
+    assert run(body).computed == [1, 3]
+
+
+def test_a_call_past_its_deadline_is_not_computed() -> None:
+    async def body(executor: Executor, gate: Gate) -> None:
+        late = executor.submit(make_call(call_id=1, deadline_ms=1))
+        patient = executor.submit(make_call(call_id=2, deadline_ms=60_000))
+        await asyncio.sleep(0.01)  # the deadline itself is what passes here
+        gate.opened.set()
+        assert await outcome(late) == "DeadlineExceeded"
+        assert "its 1 ms" in str(late.exception())
+        assert await outcome(patient) == "2"
+
+    assert run(body).computed == [2]
+
+
+@pytest.mark.parametrize("failure", [WireError("rows"), RuntimeError("a bug"), MemoryError()])
+def test_a_failed_call_fails_alone(failure: Exception) -> None:
+    async def body(executor: Executor, gate: Gate) -> None:
+        gate.failure = failure
+        gate.opened.set()
+        assert await outcome(executor.submit(make_call(call_id=1))) == type(failure).__name__
+        gate.failure = None
+        assert await outcome(executor.submit(make_call(call_id=2))) == "2"
+
+    run(body)
+
+
+def test_the_deadline_is_looked_at_between_batches() -> None:
+    async def body() -> None:
+        computer = make_computer(max_batch=1)
+        batches = 0
+
+        def check() -> None:
+            nonlocal batches
+            batches += 1
+            if batches == 3:
+                raise DeadlineExceeded("late")
+
+        with pytest.raises(DeadlineExceeded):
+            computer.compute(make_call(), 0.0, check)
+        assert batches == 3
+
+    asyncio.run(body())
