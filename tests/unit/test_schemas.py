@@ -178,14 +178,8 @@ def test_parts_of_text_become_one() -> None:
 
 
 def test_a_message_may_be_sent_back_as_it_came() -> None:
-    came: dict[str, Any] = {
-        "role": "assistant",
-        "content": "x",
-        "refusal": None,
-        "annotations": [],
-        "tool_calls": None,
-        "audio": None,
-    }
+    gone = dict.fromkeys(("refusal", "tool_calls", "audio"))
+    came: dict[str, Any] = {"role": "assistant", "content": "x", "annotations": [], **gone}
     assert chat(messages=[came]).messages[0].for_template() == {"role": "assistant", "content": "x"}
 
 
