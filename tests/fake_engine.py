@@ -48,14 +48,25 @@ WORKER = WorkerStatus("experts", "127.0.0.1:50051", connected=True, experts=12)
 Script = Callable[[Generate], list[int]]
 
 
+# The bytes in the order of the tiny tokenizer's ids from 4 on: printable ones first.
+_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES += [byte for byte in range(256) if byte not in _BYTES]
+
+
+def spell(text: str) -> list[int]:
+    """The tiny tokenizer's ids of ``text``, one per byte of it."""
+    return [4 + _BYTES.index(byte) for byte in text.encode()]
+
+
 def count_up(request: Generate) -> list[int]:
-    """Single printable bytes, different for every choice: a, b, c, … for choice 0."""
-    return [byte_token(ord("a") + (request.choice + step) % 26) for step in range(request.sampling.max_tokens)]
+    """abc… for choice 0, bcd… for choice 1, one letter a token, as many as were asked for."""
+    letters = [chr(ord("a") + (request.choice + step) % 26) for step in range(request.sampling.max_tokens)]
+    return spell("".join(letters))
 
 
-def byte_token(byte: int) -> int:
-    """The tiny tokenizer's id of one printable ASCII byte."""
-    return 4 + byte - ord("!")
+def say(text: str, then: tuple[int, ...] = ()) -> Script:
+    """The same text for every choice, byte by byte, and then some more tokens, for example EOS."""
+    return lambda request: [*spell(text), *then][: request.sampling.max_tokens]
 
 
 def logprobs_of(token: int, count: int) -> TokenLogprobs:

@@ -11,10 +11,10 @@ from gateway.logprobs import Entry, LogprobsFormat
 from gateway.messages import TokenLogprobs
 from gateway.tokenizer import Tokenizer
 from gateway.vocabulary import Vocabulary
-from tests.fake_engine import byte_token
+from tests.fake_engine import spell
 from tests.tiny_tokenizer import save_tokenizer
 
-A, B, C = (byte_token(ord(each)) for each in "abc")
+A, B, C = spell("abc")
 
 
 @pytest.fixture(scope="module")

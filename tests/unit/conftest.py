@@ -1,0 +1,23 @@
+"""Fixtures of the unit tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_tokenizer import save_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny tokenizer of 384 ids."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, 384)
+    return folder
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What runs the tests marked `anyio`."""
+    return "asyncio"
