@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from consilium.errors import ExpertUnavailable
 from expert_service.executor import Answer, Executor
@@ -49,6 +50,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
                 self._streams.add(stream)
                 try:
                     await stream.run(requests, context.write)
+                except DecodeError:
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the bytes sent are no ForwardRequest")
                 finally:
                     self._streams.discard(stream)
         if self._draining:  # what the caller sent since is unanswered, and may be sent elsewhere

@@ -32,13 +32,18 @@ class ForwardStream:
         requests: AsyncIterator[expert_pb2.ForwardRequest],
         write: Callable[[expert_pb2.ForwardResponse], Awaitable[object]],
     ) -> None:
-        """Answer ``requests`` until they end or :meth:`end` is called, and all that was taken is answered."""
+        """Answer ``requests`` until they end or :meth:`end` is called, and all that was taken is answered.
+
+        Raises what reading ``requests`` raised.
+        """
         reading = asyncio.ensure_future(self._read(requests))
         try:
             while (response := await self._answers.get()) is not None:
                 await write(response)
                 self._unread_bytes -= response.ByteSize()
                 self._room.set()
+            if reading.done():
+                reading.result()  # raises what is wrong with the stream itself
         finally:  # also when the caller is gone: then nobody wants the rest
             reading.cancel()
             for answer in self._computing.values():
