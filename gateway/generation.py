@@ -38,10 +38,19 @@ class Generation:
         Raises the engine's error where a sequence failed, NotReady where the engine is gone.
         """
         while self._unfinished:
-            batch = [self._check(await self._news.get())]
+            arrived = [await self._news.get()]
             while not self._news.empty():
-                batch.append(self._check(self._news.get_nowait()))
-            yield batch
+                arrived.append(self._news.get_nowait())
+            batch: list[News] = []
+            failure: ConsiliumError | None = None
+            for each in arrived:
+                failure = failure or _failure(each)
+                if failure is None and isinstance(each, Output):
+                    batch.append(self._note(each))
+            if batch:
+                yield batch  # what came before a failure is still shown
+            if failure is not None:
+                raise failure
 
     def abort(self, position: int) -> None:
         """End one sequence early; its remaining news may still come."""
@@ -54,15 +63,17 @@ class Generation:
     def fail(self, error: ConsiliumError) -> None:
         self._news.put_nowait(error)
 
-    def _check(self, news: Output | ConsiliumError) -> News:
-        if isinstance(news, ConsiliumError):
-            raise news
-        if news.finish_reason in ("error", "abort"):
-            raise _error_of(news.failure)
-        position = self._positions[news.id]
-        if news.finish_reason is not None:
+    def _note(self, output: Output) -> News:
+        position = self._positions[output.id]
+        if output.finish_reason is not None:
             self._unfinished.discard(position)
-        return position, news
+        return position, output
+
+
+def _failure(news: Output | ConsiliumError) -> ConsiliumError | None:
+    if isinstance(news, ConsiliumError):
+        return news
+    return _error_of(news.failure) if news.finish_reason in ("error", "abort") else None
 
 
 def _error_of(failure: Failure | None) -> ConsiliumError:

@@ -104,11 +104,20 @@ class FakeEngine:
         self._unpaused.set()
 
     def send(self, message: ToHttp) -> None:
+        self.send_raw(pack(message))
+
+    def send_raw(self, content: bytes) -> None:
         assert self._writer is not None
-        self._writer.write(pack(message))
+        self._writer.write(content)
 
     def say_ready(self, ready: bool = True, detail: str = "ready") -> None:
         self.send(Status(ready, detail, [WORKER], kv_tokens_total=100_000))
+
+    def fail_now(self, failure: Failure) -> None:
+        """End every sequence with an error, whatever it has sent so far."""
+        outputs = [Output(each, finish_reason="error", failure=failure) for each in self._running]
+        self._running.clear()
+        self.send(Step(outputs, EngineStats(0, 0, 0, 100_000)))
 
     def die(self) -> None:
         """As when the process ends: its end of the socket closes."""
