@@ -32,6 +32,7 @@ class Process:
     popen: subprocess.Popen[str]
     log_file: Path
     address: str = ""  # as its listening line gives it
+    metrics: str = ""  # the URL to scrape, where the line names one
 
     @property
     def pid(self) -> int:
@@ -47,7 +48,8 @@ class Process:
         if not line:
             state = self.popen.poll()
             raise AssertionError(f"{' '.join(self.argv)} does not listen (exit status {state}):\n{self.log()}")
-        self.address = json.loads(line)["address"]
+        announced = json.loads(line)
+        self.address, self.metrics = announced["address"], announced.get("metrics", "")
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
         """Signal it and return its exit status (negative: the signal that ended it)."""
@@ -105,6 +107,7 @@ def stack(
     quantization: str = "none",
     dtype: str = "float32",
     gateway_args: Sequence[str] = (),
+    worker_args: Sequence[str] = (),
 ) -> Iterator[Stack]:
     """Workers that together hold every expert ``replicas`` times, or the selections given; and a ready gateway."""
     common = ["--model", str(model), "--quantization", quantization, "--dtype", dtype]
@@ -112,7 +115,8 @@ def stack(
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="stack-")))
         processes = [
-            cleanup.enter_context(_stopped(launch(worker_argv(selection, *common), folder))) for selection in selections
+            cleanup.enter_context(_stopped(launch(worker_argv(selection, *common, *worker_args), folder)))
+            for selection in selections
         ]
         for process in processes:
             process.wait_listening()
