@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Installs what tests/system needs beside .venv. Run by `make test-system`, as root, on Debian or Ubuntu; safe to repeat.
+# Each tool has a function of its own below, and says what it installs; what is there already is left as it is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+GRAFANA_SCHEMA=@grafana/schema@13.2.3
+TYPESCRIPT=typescript@7.0.2
+
+step() { printf '[system-setup %3ds] %s\n' "$SECONDS" "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# Debian packages, without services that would start by themselves elsewhere.
+apt_install() {
+    step "apt-get install $*"
+    [ "$(id -u)" = 0 ] || fail "installing $* takes root; run make test-system as root, or install them yourself"
+    [ -n "${APT_UPDATED:-}" ] || { apt-get update -qq; APT_UPDATED=yes; }
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# Prometheus with promtool, for test_prometheus.py.
+setup_prometheus() {
+    command -v promtool >/dev/null && command -v prometheus >/dev/null || apt_install prometheus
+}
+
+# The types of Grafana's dashboards and a compiler that checks against them, into build/grafana (test_grafana.py).
+setup_grafana_types() {
+    command -v npm >/dev/null || apt_install npm
+    [ -x build/grafana/node_modules/.bin/tsc ] && [ -d build/grafana/node_modules/@grafana/schema ] && return
+    step "npm install $GRAFANA_SCHEMA $TYPESCRIPT into build/grafana"
+    mkdir -p build/grafana
+    npm install --prefix build/grafana --no-save --no-audit --no-fund --loglevel=error "$GRAFANA_SCHEMA" "$TYPESCRIPT"
+}
+
+setup_prometheus
+setup_grafana_types
+step "ready"
