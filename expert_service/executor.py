@@ -54,7 +54,7 @@ class Executor:
         self.busy_seconds = 0.0  # that the thread has spent on calls, whatever became of them
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
-        # A daemon: at the end of the drain time the process leaves even when a call is still computed.
+        # A daemon: the process may have to leave while a call is still computed.
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
 
@@ -78,9 +78,11 @@ class Executor:
         self._jobs.put(job)
         return job.answer
 
-    def close(self) -> None:
-        """End the thread once it has done what is queued."""
+    def close(self, seconds: float) -> bool:
+        """End the thread once it has done what is queued; whether it has ended within ``seconds``."""
         self._jobs.put(None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _settle(self, job: _Job, outcome: expert_pb2.Result | Exception) -> None:
         self._waiting -= 1

@@ -100,7 +100,10 @@ class Worker:
         await status.enter_graceful_shutdown()
         await _drain(servicer, config.drain_timeout)
         await server.stop(CLOSING_SECONDS)
-        executor.close()
+        if not executor.close(CLOSING_SECONDS):
+            logger.warning("leaving in the middle of a call")
+            logging.shutdown()
+            os._exit(0)  # an ordinary exit would tear the interpreter down under the computing thread
 
 
 async def _drain(servicer: ExpertServicer, seconds: float) -> None:

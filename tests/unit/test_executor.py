@@ -130,7 +130,7 @@ def run(body: Callable[[Executor, Gate], Awaitable[None]], max_queue: int = 4, m
             await asyncio.wait_for(body(executor, gate), 30)
         finally:
             gate.opened.set()
-            executor.close()
+            assert executor.close(30)
 
     asyncio.run(main())
     return gate
