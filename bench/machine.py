@@ -1,0 +1,50 @@
+"""What a figure depends on beside the code under test: the machine, the versions, the revision."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "grpcio", "numpy", "fastapi", "uvicorn", "httpx")
+
+
+def describe() -> dict[str, Any]:
+    """The machine (without its name), the versions and the revision, as JSON holds them."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _first(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo")) or platform.processor() or "unknown",
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "revision": _git("rev-parse", "HEAD"),
+        "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),
+    }
+
+
+def _first(pattern: str, file: Path) -> str | None:
+    match = re.search(pattern, file.read_text(), re.MULTILINE) if file.is_file() else None
+    return match[1].strip() if match else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    """What git says of this checkout; nothing where there is no git or no checkout."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
