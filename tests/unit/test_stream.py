@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from consilium.errors import WireError
+from expert_service.executor import Answer
+from expert_service.stream import ForwardStream
+from protos.expert.v1 import expert_pb2
+from protos.tensor.v1 import tensor_pb2
+
+UNREAD = 10_000
+RESULT = expert_pb2.Result(rows=tensor_pb2.Tensor(data=bytes(1000)))
+
+
+async def settle() -> None:
+    """Let everything run that can run now."""
+    for _ in range(200):
+        await asyncio.sleep(0)
+
+
+class Caller:
+    """Sends ``count`` calls as fast as they are taken, and reads answers while ``reading`` is set."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.submitted: dict[int, Answer] = {}
+        self.read: list[expert_pb2.ForwardResponse] = []
+        self.reading = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    async def requests(self) -> AsyncIterator[expert_pb2.ForwardRequest]:
+        for number in range(self.count):
+            yield expert_pb2.ForwardRequest(call=expert_pb2.Call(call_id=number))
+        await self.ended.wait()
+
+    def submit(self, call: expert_pb2.Call) -> Answer:
+        if call.call_id == 77:
+            raise RuntimeError("a bug")
+        answer: Answer = asyncio.get_running_loop().create_future()
+        self.submitted[call.call_id] = answer
+        return answer
+
+    async def write(self, response: expert_pb2.ForwardResponse) -> None:
+        await self.reading.wait()
+        self.read.append(response)
+
+
+def test_calls_are_not_read_while_answers_are_not() -> None:
+    async def body() -> None:
+        caller = Caller(count=60)
+
+        def at_once(call: expert_pb2.Call) -> Answer:
+            answer = caller.submit(call)
+            answer.set_result(RESULT)
+            return answer
+
+        async def requests() -> AsyncIterator[expert_pb2.ForwardRequest]:
+            async for request in caller.requests():
+                yield request
+                await settle()  # the answer is in the queue before the next call comes
+
+        stream = ForwardStream(at_once, UNREAD)
+        running = asyncio.ensure_future(stream.run(requests(), caller.write))
+        for _ in range(100):
+            await settle()
+        assert 5 < len(caller.submitted) < 15  # not 60
+        caller.reading.set()
+        caller.ended.set()
+        await asyncio.wait_for(running, 30)
+        assert [response.call_id for response in caller.read] == list(range(60))
+
+    asyncio.run(body())
+
+
+def test_answers_come_in_the_order_they_are_done() -> None:
+    async def body() -> None:
+        caller = Caller(count=4)
+        caller.reading.set()
+        running = asyncio.ensure_future(ForwardStream(caller.submit, UNREAD).run(caller.requests(), caller.write))
+        await settle()
+        for number in (2, 0, 3, 1):
+            if number == 3:
+                caller.submitted[number].set_exception(WireError("rows: too few"))
+            else:
+                caller.submitted[number].set_result(RESULT)
+            await settle()
+        caller.ended.set()
+        await asyncio.wait_for(running, 30)
+        assert [response.call_id for response in caller.read] == [2, 0, 3, 1]
+        assert [response.WhichOneof("outcome") for response in caller.read] == ["result", "result", "error", "result"]
+
+    asyncio.run(body())
+
+
+def test_an_ending_stream_waits_for_what_it_has_taken() -> None:
+    async def body() -> None:
+        caller = Caller(count=2)
+        caller.reading.set()
+        stream = ForwardStream(caller.submit, UNREAD)
+        running = asyncio.ensure_future(stream.run(caller.requests(), caller.write))
+        await settle()
+        stream.end()
+        caller.submitted[1].set_result(RESULT)
+        await settle()
+        assert not running.done()
+        caller.submitted[0].set_result(RESULT)
+        await asyncio.wait_for(running, 30)
+        assert [response.call_id for response in caller.read] == [1, 0]
+
+    asyncio.run(body())
+
+
+def test_a_caller_that_is_gone_gives_up_its_calls() -> None:
+    async def body() -> None:
+        caller = Caller(count=3)
+        running = asyncio.ensure_future(ForwardStream(caller.submit, UNREAD).run(caller.requests(), caller.write))
+        await settle()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert all(answer.cancelled() for answer in caller.submitted.values())
+
+    asyncio.run(body())
+
+
+def test_a_bug_in_taking_a_call_is_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        caller = Caller(count=79)
+        caller.reading.set()
+        running = asyncio.ensure_future(ForwardStream(caller.submit, UNREAD).run(caller.requests(), caller.write))
+        await settle()
+        for answer in caller.submitted.values():
+            answer.set_result(RESULT)
+        caller.ended.set()
+        await asyncio.wait_for(running, 30)
+        codes = {response.call_id: response.error.code for response in caller.read}
+        assert codes == {number: "INTERNAL" if number == 77 else "" for number in range(79)}
+
+    asyncio.run(body())
+    assert "a call for layer 0 was not taken" in caplog.text
