@@ -10,9 +10,20 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from consilium.config_sources import assign, read_environment, read_yaml
 from consilium.errors import ConfigError
@@ -97,6 +108,36 @@ class WorkerConfig(Section):
     drain_timeout: Duration = Field(15.0, ge=0, description="how long accepted calls may go on after SIGTERM")
 
 
+class CacheConfig(Section):
+    """The gateway's cache of expert outputs, for int8 only. It is on where this section is: `cache: {}` is enough."""
+
+    memory: Size = Field(256 * 2**20, ge=0, description="rows kept in the gateway's own memory; 0: none")
+    redis: SecretStr | None = Field(
+        None, description="redis://, rediss:// or unix:// URL of a Redis to share rows through; may hold a password"
+    )
+    timeout: Duration = Field(
+        0.005, gt=0, le=1, description="longest wait for 128 rows from Redis; after that they are computed"
+    )
+    ttl: Duration | None = Field(None, ge=0.001, description="how long Redis keeps a row; by default it decides itself")
+    salt: SecretStr = Field(SecretStr(""), description="deployments with different salts never share a row")
+
+    @field_validator("redis")
+    @classmethod
+    def _check_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            url = urlsplit(value.get_secret_value())
+            place = url.path if url.scheme == "unix" else url.hostname
+            if url.scheme not in ("redis", "rediss", "unix") or not place or url.port == 0:  # .port checks itself
+                raise ValueError("write redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH")
+        return value
+
+    @model_validator(mode="after")
+    def _keep_something(self) -> CacheConfig:
+        if self.redis is None and not self.memory:
+            raise ValueError("keeps nothing: give it `memory:` or `redis:`, or leave `cache:` out")
+        return self
+
+
 class LogConfig(Section):
     """What the processes write to standard error. Prompts and completions are never logged."""
 
@@ -112,7 +153,16 @@ class Config(Section):
     gateway: GatewayConfig = GatewayConfig()
     experts: dict[str, ExpertGroupConfig] = Field(default_factory=dict)
     worker: WorkerConfig = WorkerConfig()
+    cache: CacheConfig | None = Field(None, description="absent: no expert output is kept")
     log: LogConfig = LogConfig()
+
+    @field_validator("cache")
+    @classmethod
+    def _check_cache(cls, value: CacheConfig | None, info: ValidationInfo) -> CacheConfig | None:
+        """A row can be used again only where its bits depend on nothing else, which is so in int8."""
+        if value is not None and info.data.get("quantization", "int8") != "int8":
+            raise ValueError("works with `quantization: int8` only; choose that, or leave `cache:` out")
+        return value
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
@@ -161,7 +211,7 @@ def _explain(error: dict[str, Any], variables: Mapping[tuple[str, ...], str]) ->
         return f"unknown key {key!r}{source}: {hint}"
     message = str(error["msg"]).removeprefix("Value error, ")
     value = error["input"]
-    shown = isinstance(value, str | int | float) and "SecretStr" not in str(_schema_at(location))
+    shown = isinstance(value, str | int | float) and not _is_secret(_schema_at(location))
     return f"{key}{source}: {message}" + (f" (got {repr(value)[:80]})" if shown else "")
 
 
@@ -173,4 +223,11 @@ def _schema_at(path: list[str]) -> Any:
             schema = get_args(schema)[1]
         elif isinstance(schema, type) and issubclass(schema, Section) and name in schema.model_fields:
             schema = schema.model_fields[name].annotation
+        if get_origin(schema) is UnionType:  # what may be absent
+            schema = next((each for each in get_args(schema) if each is not NoneType), schema)
     return schema
+
+
+def _is_secret(schema: Any) -> bool:
+    """Whether what was written there may hold a secret: a value meant for a whole section may be its URL."""
+    return "SecretStr" in str(schema) or "CacheConfig" in str(schema)

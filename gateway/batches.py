@@ -1,11 +1,11 @@
 """Which rows go to which expert, and how what comes back becomes one row again. Pure; no I/O.
 
-Letters: T tokens of the step, D hidden size, K experts per token, M experts asked for.
+Letters: T tokens of the step, D hidden size, K experts per token, M experts asked for, P pairs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,9 @@ class ExpertBatches:
     scales: Tensor | None  # [T] float32, only with int8 rows
     experts: NDArray[np.int64]  # [M] ascending
     offsets: NDArray[np.int64]  # [M + 1] where the pairs of each expert begin
-    slots: NDArray[np.int64]  # [T * K] place t * K + k of each pair in the output
-    tokens: NDArray[np.int64]  # [T * K] row of each pair
+    slots: NDArray[np.int64]  # [P] place t * K + k of each pair in the output
+    tokens: NDArray[np.int64]  # [P] row of each pair
+    places: int  # T * K; P is less when some pairs have been taken out
 
 
 def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing) -> ExpertBatches:
@@ -31,7 +32,21 @@ def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing) -> Ex
     ids = routing.ids.numpy().reshape(-1)  # [T * K]
     slots = np.argsort(ids, kind="stable")
     experts, starts = np.unique(ids[slots], return_index=True)
-    return ExpertBatches(rows, scales, experts, np.append(starts, ids.size), slots, slots // routing.ids.shape[1])
+    tokens = slots // routing.ids.shape[1]
+    return ExpertBatches(rows, scales, experts, np.append(starts, ids.size), slots, tokens, ids.size)
+
+
+def keep_pairs(batches: ExpertBatches, kept: NDArray[np.bool_]) -> ExpertBatches:
+    """Only the pairs marked in ``kept`` [P], and the experts that have any; slots, tokens and rows mean the same."""
+    owners = np.repeat(np.arange(len(batches.experts)), np.diff(batches.offsets))[kept]
+    positions, starts = np.unique(owners, return_index=True)
+    return replace(
+        batches,
+        experts=batches.experts[positions],
+        offsets=np.append(starts, owners.size),
+        slots=batches.slots[kept],
+        tokens=batches.tokens[kept],
+    )
 
 
 def combine(outputs: Tensor, routing: Routing) -> Tensor:

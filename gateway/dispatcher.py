@@ -50,6 +50,14 @@ class Worker(Protocol):
         ...
 
 
+class ExpertSource(Protocol):
+    """Where the outputs of experts come from."""
+
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
+        """Outputs [T * K, D] float32 in the places of ``batches.slots``, and why rows (by index) have none."""
+        ...
+
+
 class Dispatcher:
     """Knows the current placement, and who did how much work."""
 
@@ -69,7 +77,7 @@ class Dispatcher:
         """
         self._meter.add(layer, batches)
         hidden_size = batches.rows.shape[1]
-        outputs = torch.zeros(len(batches.slots), hidden_size)
+        outputs = torch.zeros(batches.places, hidden_size)
         failures: dict[int, Exception] = {}
         excluded: dict[str, ConsiliumError] = {}
         deadline = time.monotonic() + self._layer_timeout

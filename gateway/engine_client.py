@@ -21,9 +21,9 @@ from gateway.messages import (
     LENGTH_BYTES,
     Abort,
     EngineStats,
-    ExpertLoad,
     Generate,
     Output,
+    Report,
     SamplingParams,
     Status,
     Step,
@@ -57,7 +57,7 @@ class EngineClient:
         capacity: int,
         on_step: Callable[[EngineStats], None] = lambda _: None,
         on_status: Callable[[Status], None] = lambda _: None,
-        on_load: Callable[[ExpertLoad], None] = lambda _: None,
+        on_report: Callable[[Report], None] = lambda _: None,
     ) -> None:
         self.capacity = capacity  # most sequences open at once
         self.status: Status | None = None
@@ -67,7 +67,7 @@ class EngineClient:
         self.idle = asyncio.Event()  # no sequence is open
         self.idle.set()
         self._reader, self._writer = reader, writer
-        self._on_step, self._on_status, self._on_load = on_step, on_status, on_load
+        self._on_step, self._on_status, self._on_report = on_step, on_status, on_report
         self._ids = itertools.count(1)
         self._open: dict[int, Generation] = {}
         self._listener = asyncio.create_task(self._listen())
@@ -79,11 +79,11 @@ class EngineClient:
         capacity: int,
         on_step: Callable[[EngineStats], None] = lambda _: None,
         on_status: Callable[[Status], None] = lambda _: None,
-        on_load: Callable[[ExpertLoad], None] = lambda _: None,
+        on_report: Callable[[Report], None] = lambda _: None,
     ) -> EngineClient:
         """A client over one end of a socket pair."""
         reader, writer = await asyncio.open_unix_connection(sock=connection)
-        return cls(reader, writer, capacity, on_step, on_status, on_load)
+        return cls(reader, writer, capacity, on_step, on_status, on_report)
 
     @property
     def open_sequences(self) -> int:
@@ -166,8 +166,8 @@ class EngineClient:
         elif isinstance(message, Status):
             self.status = message
             self._on_status(message)
-        elif isinstance(message, ExpertLoad):
-            self._on_load(message)
+        elif isinstance(message, Report):
+            self._on_report(message)
         else:
             raise ValueError(f"{type(message).__name__} from the engine")
 

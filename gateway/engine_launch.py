@@ -22,7 +22,11 @@ async def launch_engine(config: Config) -> tuple[Process, socket.socket]:
         handle = theirs.fileno()
         command = (sys.executable, "-m", "gateway.engine_process", str(handle))
         process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=_STDERR, pass_fds=(handle,))
-    content = json.dumps(config.model_dump(mode="json")).encode()
+    settings = config.model_dump(mode="json")
+    if config.cache is not None:  # the engine needs these two secrets, which only show themselves when asked to
+        redis, salt = config.cache.redis, config.cache.salt
+        settings["cache"] |= {"redis": redis and redis.get_secret_value(), "salt": salt.get_secret_value()}
+    content = json.dumps(settings).encode()
     ours.sendall(len(content).to_bytes(LENGTH_BYTES, "little") + content)
     return process, ours
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,6 +34,9 @@ from gateway.placement import describe_missing
 from gateway.scheduler import Scheduler
 from gateway.worker_connection import Expectations
 from gateway.worker_pool import View, WorkerPool
+
+if TYPE_CHECKING:
+    from gateway.cache.dispatcher import CachedDispatcher
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +62,9 @@ class EngineProcess:
         self._meter = ExpertMeter(self._checkpoint.config)
         self._dispatcher = Dispatcher(dtype, config.gateway.layer_timeout, self._meter)
         pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
+        self._cache = self._make_cache(dtype)
         self._engine = Engine(
-            Model(self._checkpoint, dtype, self._dispatcher, int8=config.quantization == "int8"),
+            Model(self._checkpoint, dtype, self._cache or self._dispatcher, int8=config.quantization == "int8"),
             Scheduler(pool, config.gateway.max_running, config.gateway.max_step_tokens),
             self._dispatcher,
             self._mailbox,
@@ -73,13 +78,14 @@ class EngineProcess:
         io = threading.Thread(target=lambda: asyncio.run(self._io()), name="io", daemon=True)
         io.start()
         while not self._closed:
-            while self._mailbox.receive(0 if self._engine.has_work else self._meter.due_in()) and not self._closed:
+            while self._mailbox.receive(0 if self._engine.has_work else self._report_due_in()) and not self._closed:
                 pass
             if self._engine.has_work and not self._closed:
                 self._send(self._engine.step())
-            load = self._meter.take_report()
-            if load is not None and not self._closed:
-                self._send(load)
+            for reporter in self._reporters():
+                report = reporter.take_report()
+                if report is not None and not self._closed:
+                    self._send(report)
 
     # -- this thread ---------------------------------------------------------------------------------------------
 
@@ -92,11 +98,29 @@ class EngineProcess:
                 self._engine.scheduler.abort(sequence_id)
             case View():
                 self._dispatcher.placement, self._dispatcher.workers = event.placement, event.workers
+                if self._cache is not None:
+                    self._cache.set_identities(event.identities)
                 self._report(event)
             case Closed():
                 self._closed = True
             case _:
                 raise AssertionError(f"unknown event {event!r}")
+
+    def _make_cache(self, dtype: torch.dtype) -> CachedDispatcher | None:
+        if self._config.cache is None:
+            return None
+        from gateway.cache.dispatcher import make_cache  # brings redis-py, which takes 0.2 s to import
+
+        return make_cache(
+            self._config.cache, self._dispatcher, dtype, self._checkpoint.config.hidden_size, self._mailbox
+        )
+
+    def _reporters(self) -> list[ExpertMeter | CachedDispatcher]:
+        return [self._meter] if self._cache is None else [self._meter, self._cache]
+
+    def _report_due_in(self) -> float | None:
+        """Seconds until something is to be told although nothing happens."""
+        return min((due for each in self._reporters() if (due := each.due_in()) is not None), default=None)
 
     def _report(self, view: View) -> None:
         missing = view.placement.missing(self._checkpoint.config)
@@ -131,12 +155,15 @@ class EngineProcess:
         pool = WorkerPool(config.experts, checkpoint.config, expectations, self._mailbox)
         following = asyncio.ensure_future(pool.run())
         reading = asyncio.ensure_future(self._read())
+        tasks = [following, reading]
+        if self._cache is not None and self._cache.remote is not None:
+            tasks.append(asyncio.ensure_future(self._cache.remote.run()))
         try:
             await asyncio.wait([following, reading], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            following.cancel()
-            reading.cancel()
-            for outcome in await asyncio.gather(following, reading, return_exceptions=True):
+            for task in tasks:
+                task.cancel()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(outcome, Exception):
                     log.error("the I/O thread failed", exc_info=outcome)
             self._mailbox.post(Closed())

@@ -172,8 +172,38 @@ class ExpertLoad:
     type: Literal["expert_load"] = "expert_load"
 
 
+BreakerState = Literal["closed", "half_open", "open"]
+
+
+@dataclass(slots=True, config=_CONFIG)
+class TierStats:
+    """What one level of the expert-output cache was asked for; rows are (token, expert) pairs."""
+
+    hits: int = 0
+    misses: int = 0  # also what was not asked because the breaker was open
+    lookups: int = 0  # one for a layer and step
+    seconds: float = 0.0  # that the engine waited for them
+
+
+@dataclass(slots=True, config=_CONFIG)
+class CacheStats:
+    """Engine to HTTP: what the expert-output cache did since the last such message, and its state. Once in a second."""
+
+    entries: int = 0  # in memory
+    bytes: int = 0
+    capacity: int = 0
+    evictions: int = 0
+    tiers: dict[str, TierStats] = field(default_factory=dict)  # memory, redis
+    written: int = 0  # rows, to Redis
+    dropped: int = 0  # rows that were to be written, but the breaker was open or too much was waiting
+    errors: dict[str, dict[str, int]] = field(default_factory=dict)  # by operation (read, write) and kind
+    breakers: dict[str, BreakerState] = field(default_factory=dict)  # by operation; none without Redis
+    type: Literal["cache"] = "cache"
+
+
 ToEngine = Generate | Abort
-ToHttp = Step | Status | ExpertLoad
+Report = ExpertLoad | CacheStats  # what only the metrics are interested in
+ToHttp = Step | Status | Report
 Message = Annotated[ToEngine | ToHttp, Field(discriminator="type")]
 
 # A log-probability may be -Infinity, which JSON would otherwise turn into null.

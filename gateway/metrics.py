@@ -10,8 +10,9 @@ from prometheus_client.exposition import choose_encoder
 
 from consilium import __version__
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, NotReady, Overloaded
+from gateway.cache_metrics import CacheMetrics
 from gateway.expert_load import ExpertLoadTable
-from gateway.messages import EngineStats, ExpertLoad, Status
+from gateway.messages import EngineStats, ExpertLoad, Report, Status
 from gateway.worker_metrics import WorkerMetrics
 
 _PREFIX = "consilium_"
@@ -49,6 +50,8 @@ class Metrics:
         self.registry.register(self._workers)
         self.experts = ExpertLoadTable(model_name, show_all=all_experts)
         self.registry.register(self.experts)
+        self._cache = CacheMetrics(model_name)
+        self.registry.register(self._cache)
 
     def exposition(self, accept: str | None) -> tuple[bytes, str]:
         """The text of all metrics, and its content type as the scraper asked for it."""
@@ -89,9 +92,12 @@ class Metrics:
         self._workers.follow(status.workers)
         self.missing_experts.set(status.missing_experts)
 
-    def expert_load(self, load: ExpertLoad) -> None:
-        """The engine says which experts got how many rows."""
-        self.experts.add(load.rows)
+    def report(self, report: Report) -> None:
+        """The engine says which experts got how many rows, or what its cache did."""
+        if isinstance(report, ExpertLoad):
+            self.experts.add(report.rows)
+        else:
+            self._cache.add(report)
 
     def _requests(self) -> None:
         # Nothing that a client chooses freely becomes a label: every value is a series for ever.

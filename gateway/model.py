@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
 from gateway.attention import Attention, Batch, Segment
-from gateway.dispatcher import Dispatcher
+from gateway.dispatcher import ExpertSource
 from gateway.moe_layer import MoELayer
 from gateway.rope import Rope
 
@@ -40,7 +40,7 @@ class Block:
     """Attention, then feed-forward, each on the normed residual stream."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, dispatcher: Dispatcher, *, int8: bool
+        self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, experts: ExpertSource, *, int8: bool
     ) -> None:
         config, names = checkpoint.config, checkpoint.names
         self._input_norm = _norm_weight(checkpoint, names.input_norm.format(layer=layer), dtype)
@@ -48,7 +48,7 @@ class Block:
         self._eps = config.rms_norm_eps
         self._attention = Attention(checkpoint, layer, dtype)
         self._feed_forward: FeedForward = (
-            MoELayer(checkpoint, layer, dispatcher, int8=int8)
+            MoELayer(checkpoint, layer, experts, int8=int8)
             if config.moe_layers[layer]
             else DenseLayer(checkpoint, layer, dtype)
         )
@@ -62,14 +62,14 @@ class Block:
 class Model:
     """Embedding, blocks, final norm and head."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, dispatcher: Dispatcher, *, int8: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, experts: ExpertSource, *, int8: bool) -> None:
         config, names = checkpoint.config, checkpoint.names
         shape = (config.vocab_size, config.hidden_size)
         self._embed = checkpoint.tensor(names.embed, shape).to(dtype)  # [V, D]
         self._head = self._embed if config.tie_embeddings else checkpoint.tensor(names.head, shape).to(dtype)
         self._norm = _norm_weight(checkpoint, names.final_norm, dtype)
         self._eps, self._dtype, self._rope = config.rms_norm_eps, dtype, Rope(config)
-        self._blocks = [Block(checkpoint, layer, dtype, dispatcher, int8=int8) for layer in range(config.num_layers)]
+        self._blocks = [Block(checkpoint, layer, dtype, experts, int8=int8) for layer in range(config.num_layers)]
 
     def batch(self, tokens: list[int], segments: list[Segment]) -> Batch:
         """The rows of one step; ``tokens`` are those of the segments, one after the other."""

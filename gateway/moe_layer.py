@@ -13,25 +13,25 @@ from consilium.gate import Routing, softmax_top_k
 from consilium.quantization import quantize_rows
 from gateway.attention import Batch
 from gateway.batches import combine, group_by_expert
-from gateway.dispatcher import Dispatcher
+from gateway.dispatcher import ExpertSource
 
 
 class MoELayer:
     """The gate of one layer, and the way to its experts."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, dispatcher: Dispatcher, *, int8: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: int, experts: ExpertSource, *, int8: bool) -> None:
         config = checkpoint.config
         name = checkpoint.names.router.format(layer=layer)
         self._gate = checkpoint.tensor(name, (config.num_experts, config.hidden_size)).float()  # [E, D]
         self._top_k, self._normalize = config.top_k, config.normalize_top_k
-        self._layer, self._dispatcher, self._int8 = layer, dispatcher, int8
+        self._layer, self._experts, self._int8 = layer, experts, int8
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]; rows whose experts could not be had are noted in the batch."""
         routing = self.route(x)
         rows, scales = quantize_rows(x) if self._int8 else (x, None)
         batches = group_by_expert(rows, scales, routing)
-        outputs, failures = await self._dispatcher.dispatch(self._layer, batches)
+        outputs, failures = await self._experts.dispatch(self._layer, batches)
         batch.failures.update(failures)
         return combine(outputs, routing).to(x.dtype)
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from consilium.model_config import ModelConfig
 
 # Reading an expert's weights costs a worker about as much as computing this many rows of it.
 EXPERT_COST = 8
+
+
+class ExpertIdentity(NamedTuple):
+    """What decides the bits of an expert's outputs, beside its inputs."""
+
+    weights: bytes  # content hash
+    numerics_class: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ async def serve(config: Config, model: ServedModel) -> int:
     process, link = await launch_engine(config)
     metrics = Metrics(model.name, process.pid, all_experts=config.gateway.metrics_all_experts)
     capacity = config.gateway.max_running + config.gateway.max_waiting
-    engine = await EngineClient.connect(link, capacity, metrics.step, metrics.status, metrics.expert_load)
+    engine = await EngineClient.connect(link, capacity, metrics.step, metrics.status, metrics.report)
     metrics.watch_ready(lambda: engine.why_not_ready() is None)
     server = _make_server(Gateway(config, model, engine, metrics), _address(listener))
     serving = asyncio.create_task(server.serve([listener]))

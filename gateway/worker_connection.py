@@ -85,6 +85,11 @@ class WorkerConnection:
         self._outgoing: asyncio.Queue[expert_pb2.ForwardRequest] = asyncio.Queue()
         self._suspect = asyncio.Event()
 
+    @property
+    def numerics_class(self) -> str:
+        """As the worker states it; empty while it is not described."""
+        return "" if self.description is None else self.description.numerics_class
+
     # -- the engine's side ---------------------------------------------------------------------------------------
 
     def time_limit(self, pairs: int) -> float:

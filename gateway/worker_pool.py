@@ -15,7 +15,7 @@ from consilium.config import ExpertGroupConfig, split_endpoint
 from consilium.model_config import ModelConfig
 from gateway.mailbox import Mailbox
 from gateway.messages import WorkerStatus
-from gateway.placement import Placement, build_placement
+from gateway.placement import ExpertIdentity, Placement, build_placement
 from gateway.worker_connection import Expectations, WorkerConnection
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class View:
     placement: Placement
     workers: Mapping[str, WorkerConnection]  # those that may be sent frames, by address
     statuses: list[WorkerStatus]
+    identities: Mapping[tuple[int, int], ExpertIdentity]  # of the experts that all their holders compute alike
 
 
 class WorkerPool:
@@ -108,6 +109,7 @@ class WorkerPool:
     def _publish(self) -> None:
         usable = {address: each for address, each in self._connections.items() if each.description is not None}
         hashes: dict[tuple[int, int], bytes] = {}
+        classes: dict[tuple[int, int], set[str]] = {}
         held: dict[str, list[tuple[int, int]]] = {}
         for address, connection in list(usable.items()):
             experts = _held_experts(connection, self._model)
@@ -120,11 +122,16 @@ class WorkerPool:
                 continue
             hashes.update(experts)
             held[address] = list(experts)
+            for expert in experts:
+                classes.setdefault(expert, set()).add(connection.numerics_class)
         statuses = [
             WorkerStatus(each.group, each.address, each.address in usable, each.detail, len(held.get(each.address, ())))
             for each in self._connections.values()
         ]
-        self._mailbox.post(View(build_placement(held), usable, statuses + list(self._unresolved.values())))
+        identities = {
+            expert: ExpertIdentity(hashes[expert], *found) for expert, found in classes.items() if len(found) == 1
+        }
+        self._mailbox.post(View(build_placement(held), usable, statuses + list(self._unresolved.values()), identities))
 
 
 def _held_experts(connection: WorkerConnection, model: ModelConfig) -> dict[tuple[int, int], bytes]:

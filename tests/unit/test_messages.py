@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gateway import messages
-from gateway.messages import LENGTH_BYTES, Abort, ExpertLoad, Generate, Status, Step, ToEngine, ToHttp, pack, unpack
+from gateway.messages import (
+    LENGTH_BYTES,
+    Abort,
+    CacheStats,
+    ExpertLoad,
+    Generate,
+    Status,
+    Step,
+    ToEngine,
+    ToHttp,
+    pack,
+    unpack,
+)
 
 # NaN equals nothing, itself included; infinities must pass, since a token may be impossible.
 st.register_type_strategy(float, st.floats(allow_nan=False))
@@ -20,7 +32,7 @@ for kind in vars(messages).values():
     if isinstance(kind, type) and is_dataclass(kind):
         st.register_type_strategy(kind, st.builds(kind, **{field.name: ... for field in fields(kind)}))
 
-MESSAGES = st.one_of(*(st.from_type(kind) for kind in (Generate, Abort, Step, Status, ExpertLoad)))
+MESSAGES = st.one_of(*(st.from_type(kind) for kind in (Generate, Abort, Step, Status, ExpertLoad, CacheStats)))
 
 
 @given(MESSAGES)
