@@ -70,7 +70,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def served(request: pytest.FixtureRequest, model: tuple[Path, Oracle]) -> Iterator[Served]:
     folder, oracle = model
     with stack(folder, workers=request.param, quantization="none", dtype="float32") as running:
-        yield Served(running.base_url, oracle)
+        yield Served(running.url, oracle)
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -1,0 +1,7 @@
+"""`python -m consilium` is `consilium`."""
+
+import sys
+
+from consilium.cli import main
+
+sys.exit(main())
