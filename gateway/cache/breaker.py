@@ -14,7 +14,7 @@ from gateway.messages import BreakerState
 
 FAILURES = 5  # that many within the window open it
 WINDOW = 10.0  # seconds
-FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0  # seconds that it stays open; doubled with every attempt that fails
+FIRST_PAUSE, LAST_PAUSE = 1.0, 30.0  # seconds that it stays open; doubled while it does not stay closed for a window
 
 
 class Breaker:
@@ -26,6 +26,7 @@ class Breaker:
         self._clock = clock
         self._failures: deque[float] = deque(maxlen=FAILURES)  # when they happened
         self._ends = 0.0  # when the pause does
+        self._closed_at = -WINDOW
 
     def permit(self) -> bool:
         """Whether to ask now. In the half-open state only once, until that attempt's outcome is told."""
@@ -37,17 +38,15 @@ class Breaker:
     def succeeded(self) -> None:
         """There was an answer in time."""
         if self.state != "closed":
-            self.state, self.pause = "closed", FIRST_PAUSE
+            self.state, self._closed_at = "closed", self._clock()
             self._failures.clear()
 
     def failed(self) -> None:
         """There was none."""
         now = self._clock()
         self._failures.append(now)
-        if self.state == "half_open":
-            self._open(now, min(self.pause * 2, LAST_PAUSE))
-        elif self.state == "closed" and len(self._failures) == FAILURES and now - self._failures[0] <= WINDOW:
-            self._open(now, FIRST_PAUSE)
-
-    def _open(self, now: float, pause: float) -> None:
-        self.state, self.pause, self._ends = "open", pause, now + pause
+        many = len(self._failures) == FAILURES and now - self._failures[0] <= WINDOW
+        if self.state == "half_open" or (self.state == "closed" and many):
+            recovered = self.state == "closed" and now - self._closed_at >= WINDOW
+            self.pause = FIRST_PAUSE if recovered else min(self.pause * 2, LAST_PAUSE)
+            self.state, self._ends = "open", now + self.pause

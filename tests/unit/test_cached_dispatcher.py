@@ -1,0 +1,191 @@
+"""A dispatcher with a cache before it gives what it gives without, and asks only for what is not known.
+
+Letters: T tokens, D hidden size, E experts, K experts per token, P pairs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from consilium.errors import ExpertUnavailable
+from consilium.gate import softmax_top_k
+from consilium.quantization import quantize_rows
+from gateway.batches import ExpertBatches, group_by_expert, keep_pairs
+from gateway.cache.dispatcher import CachedDispatcher
+from gateway.cache.memory import MemoryCache
+from gateway.cache.meter import CacheMeter
+from gateway.placement import ExpertIdentity
+
+EXPERTS, TOP_K, HIDDEN = 5, 2, 4
+IDENTITIES = {(0, expert): ExpertIdentity(bytes([expert]) * 16, "test/v1") for expert in range(EXPERTS)}
+
+Outcome = tuple[Tensor, dict[int, Exception]]
+
+
+class Experts:
+    """Every expert's output is a function of its id and the row; notes what it was asked for."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.asked: list[ExpertBatches] = []
+        self.failing: set[int] = set()
+        self.meanwhile: Callable[[], None] = lambda: None
+        self._dtype = dtype
+
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> Outcome:
+        assert layer == 0
+        assert batches.scales is not None
+        self.asked.append(batches)
+        self.meanwhile()
+        outputs = torch.zeros(batches.places, HIDDEN)
+        failures: dict[int, Exception] = {}
+        for position, expert in enumerate(batches.experts.tolist()):
+            pairs = np.arange(batches.offsets[position], batches.offsets[position + 1])
+            assert len(pairs), "an expert without rows"
+            tokens = batches.tokens[pairs]
+            if expert in self.failing:
+                failures |= dict.fromkeys(tokens.tolist(), ExpertUnavailable("gone"))
+                continue
+            rows = batches.rows[tokens].float() * batches.scales[tokens][:, None]
+            outputs[batches.slots[pairs]] = (rows.sin() * (expert + 1) / 3).to(self._dtype).float()
+        return outputs, failures
+
+    @property
+    def pairs(self) -> int:
+        """Of the last call."""
+        return len(self.asked[-1].slots)
+
+
+def run(coroutine: Coroutine[Any, Any, Outcome]) -> Outcome:
+    return asyncio.run(coroutine)
+
+
+def batches_of(tokens: list[int], top_k: int = TOP_K) -> ExpertBatches:
+    """Rows and routing that depend on the token alone."""
+    x, logits = torch.empty(len(tokens), HIDDEN), torch.empty(len(tokens), EXPERTS)
+    for row, token in enumerate(tokens):
+        generator = torch.Generator().manual_seed(token)
+        x[row], logits[row] = torch.randn(HIDDEN, generator=generator), torch.randn(EXPERTS, generator=generator)
+    rows, scales = quantize_rows(x)
+    return group_by_expert(rows, scales, softmax_top_k(logits, top_k, normalize=True))
+
+
+def cached(experts: Experts, capacity: int = 2**20, dtype: torch.dtype = torch.float32) -> CachedDispatcher:
+    dispatcher = CachedDispatcher(experts, MemoryCache(capacity), None, CacheMeter(), dtype, "")
+    dispatcher.set_identities(IDENTITIES)
+    return dispatcher
+
+
+STEPS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=8), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(STEPS, st.integers(1, EXPERTS), st.sampled_from([0, 700, 3000, 2**20]), st.sampled_from(["float32", "bfloat16"]))
+def test_the_same_bits_as_without(steps: list[list[int]], top_k: int, capacity: int, dtype_name: str) -> None:
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    experts = Experts(dtype)
+    dispatcher = cached(experts, capacity, dtype)
+    for tokens in steps:
+        batches = batches_of(tokens, top_k)
+        expected, _ = run(Experts(dtype).dispatch(0, batches))
+        found, failures = run(dispatcher.dispatch(0, batches))
+        assert torch.equal(found, expected)
+        assert not failures
+
+
+def test_what_is_known_is_not_asked_for() -> None:
+    experts = Experts()
+    dispatcher = cached(experts)
+    run(dispatcher.dispatch(0, batches_of([1, 2])))
+    assert experts.pairs == 2 * TOP_K
+    run(dispatcher.dispatch(0, batches_of([2, 3, 1])))
+    assert experts.asked[-1].tokens.tolist() == [1, 1]  # token 3, which is row 1, and nothing of the others
+    run(dispatcher.dispatch(0, batches_of([1, 1, 3])))
+    assert experts.pairs == 0
+    stats = dispatcher.take_report()
+    assert stats is not None
+    assert (stats.tiers["memory"].hits, stats.tiers["memory"].misses) == (5 * TOP_K, 3 * TOP_K)
+    assert stats.entries == 3 * TOP_K
+
+
+@given(STEPS, st.data())
+def test_keeping_pairs_changes_nothing_about_them(steps: list[list[int]], data: st.DataObject) -> None:
+    batches = batches_of(steps[0])
+    marks = st.lists(st.booleans(), min_size=len(batches.slots), max_size=len(batches.slots))
+    kept = np.array(data.draw(marks))
+    reduced = keep_pairs(batches, kept)
+    assert reduced.places == batches.places
+    assert (np.diff(reduced.offsets) > 0).all()
+
+    def pairs(of: ExpertBatches) -> list[tuple[int, int, int]]:
+        owners = np.repeat(of.experts, np.diff(of.offsets))
+        return list(zip(owners.tolist(), of.slots.tolist(), of.tokens.tolist(), strict=True))
+
+    assert pairs(reduced) == [pair for pair, keep in zip(pairs(batches), kept, strict=True) if keep]
+
+
+def test_failed_rows_are_not_kept() -> None:
+    experts = Experts()
+    dispatcher = cached(experts)
+    batches = batches_of(list(range(12)))
+    experts.failing = {2}
+    _, failures = run(dispatcher.dispatch(0, batches))
+    assert 0 < len(failures) < 12
+    experts.failing = set()
+    found, failures = run(dispatcher.dispatch(0, batches))
+    expected, _ = run(Experts().dispatch(0, batches))
+    assert not failures
+    assert torch.equal(found, expected)
+
+
+def test_other_weights_are_other_rows() -> None:
+    experts = Experts()
+    dispatcher = cached(experts)
+    batches = batches_of([1])
+    run(dispatcher.dispatch(0, batches))
+    first = int(batches.experts[0])
+    dispatcher.set_identities({**IDENTITIES, (0, first): ExpertIdentity(b"other weights...", "test/v1")})
+    run(dispatcher.dispatch(0, batches))
+    assert experts.asked[-1].experts.tolist() == [first]
+
+
+def test_rows_computed_while_weights_change_are_not_kept() -> None:
+    experts = Experts()
+    dispatcher = cached(experts)
+    other = {each: identity._replace(weights=b"other weights...") for each, identity in IDENTITIES.items()}
+
+    def swap_and_back() -> None:
+        dispatcher.set_identities(other)
+        dispatcher.set_identities(IDENTITIES)
+
+    experts.meanwhile = swap_and_back
+    run(dispatcher.dispatch(0, batches_of([1])))
+    experts.meanwhile = lambda: None
+    run(dispatcher.dispatch(0, batches_of([1])))
+    assert experts.pairs == TOP_K
+
+
+def test_experts_without_one_identity_are_asked_every_time() -> None:
+    experts = Experts()
+    dispatcher = cached(experts)
+    batches = batches_of([1])
+    odd = int(batches.experts[1])
+    dispatcher.set_identities({each: identity for each, identity in IDENTITIES.items() if each[1] != odd})
+    for _ in range(2):
+        run(dispatcher.dispatch(0, batches))
+    assert experts.asked[-1].experts.tolist() == [odd]
+
+
+def test_only_int8_rows_have_keys() -> None:
+    x = torch.randn(2, HIDDEN)
+    batches = group_by_expert(x, None, softmax_top_k(torch.randn(2, EXPERTS), TOP_K, normalize=True))
+    with pytest.raises(TypeError, match="int8"):
+        run(cached(Experts()).dispatch(0, batches))
