@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 SHOWN = 20  # series by default: some models have ten thousand experts
 _OTHER = "other"
 _NAME = "consilium_expert_rows"
-_TEXT = "Rows that went to an expert; of the busiest experts, the rest together as `other`"
+_TEXT = "Rows that went to an expert: of the busiest experts, and of the rest together as `other`"
 
 Expert = tuple[int, int]  # layer and expert
 

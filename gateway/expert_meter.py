@@ -1,4 +1,4 @@
-"""The engine's side of expert load: counts the rows that the gates route to each expert, and when to report them.
+"""The engine's side of expert load: counts the rows that workers are asked for, and says when to report them.
 
 Letters: L layers, E experts in a layer.
 """
@@ -17,7 +17,7 @@ REPORT_INTERVAL = 1.0  # seconds between reports while there is traffic: a repor
 
 
 class ExpertMeter:
-    """Rows of every (layer, expert) since the last report, whoever computed them."""
+    """Rows of every (layer, expert) since the last report, whoever computed them. Rows from a cache do not count."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._rows = np.zeros((config.num_layers, config.num_experts), dtype=np.int64)  # [L, E]

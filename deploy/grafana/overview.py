@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deploy.grafana.cache import CACHE
 from deploy.grafana.panels import MODEL, Panel, Query, Row, quantiles, stat, total
 
 OVERVIEW = [
@@ -142,6 +143,7 @@ OVERVIEW = [
             ),
         ],
     ),
+    CACHE,
     Row(
         "Processes",
         [

