@@ -45,6 +45,13 @@ def test_what_was_proved_is_exact_everywhere(size: tuple[int, int, int], seed: i
         assert torch.equal(product.multiply(x, w).long(), expected), product.name
 
 
+@pytest.mark.parametrize("product", CANDIDATES, ids=lambda product: product.name)
+def test_sums_of_one_product(product: IntegerProduct) -> None:
+    """torch._int_mm alone is wrong here, which must not cost its users the fastest candidate."""
+    x, w = torch.tensor([[127], [-128]], dtype=torch.int8), torch.tensor([[-127], [3], [0]], dtype=torch.int8)
+    assert product.multiply(x, w).tolist() == [[-16129, 381, 0], [16256, -384, 0]]
+
+
 def test_a_longer_sum_than_float32_can_hold() -> None:
     x, w = torch.full((2, 14336), 127, dtype=torch.int8), torch.full((3, 14336), 127, dtype=torch.int8)
     w[1, ::2], w[2, 0] = -127, 126
