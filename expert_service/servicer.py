@@ -45,7 +45,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self, requests: AsyncIterator[expert_pb2.ForwardRequest], context: Context
     ) -> None:
         if not self._draining:
-            stream = ForwardStream(self._submit, self._max_unread)
+            stream = ForwardStream(self.submit, self._max_unread)
             with self._counted():
                 self._streams.add(stream)
                 try:
@@ -63,7 +63,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         context: Context,
     ) -> expert_pb2.ForwardOnceResponse:
         with self._counted():
-            return expert_pb2.ForwardOnceResponse(result=await self._submit(request.call))
+            return expert_pb2.ForwardOnceResponse(result=await self.submit(request.call))
 
     async def drain(self) -> None:
         """Take nothing new, and return when every call taken has been answered."""
@@ -73,7 +73,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         if self._running:
             await self._quiet.wait()
 
-    def _submit(self, call: expert_pb2.Call) -> Answer:
+    def submit(self, call: expert_pb2.Call) -> Answer:
+        """Queue a call, and count it. Raises as the executor does, and ExpertUnavailable while draining."""
         try:
             if self._draining:
                 raise ExpertUnavailable(DRAINING)

@@ -65,7 +65,7 @@ class Dispatcher:
         self.placement = Placement()
         self.workers: Mapping[str, Worker] = {}
         self._row_dtype, self._layer_timeout = row_dtype, layer_timeout
-        self._meter = meter
+        self.meter = meter
         self._stats: dict[str, WorkerStats] = {}
         self._turn = 0
 
@@ -75,7 +75,7 @@ class Dispatcher:
         A frame whose worker fails is sent again to other holders of its experts; what nobody answers for by the
         layer's deadline is missing for the rows that need it, and for no others.
         """
-        self._meter.add(layer, batches)
+        self.meter.add(layer, batches)
         hidden_size = batches.rows.shape[1]
         outputs = torch.zeros(batches.places, hidden_size)
         failures: dict[int, Exception] = {}

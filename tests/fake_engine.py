@@ -226,7 +226,8 @@ async def fake_stack(folder: Path, api_keys: tuple[str, ...] = (), capacity: int
         metrics.status(status)
         told.set()
 
-    client = await EngineClient.connect(ours, capacity, metrics.step, on_status)
+    client = await EngineClient.connect(ours, capacity, metrics.step, on_status, metrics.report)
+    metrics.watch_ready(lambda: client.why_not_ready() is None)
     settings = GatewayConfig(api_keys=tuple(map(SecretStr, api_keys)))
     gateway = Gateway(Config(gateway=settings), make_model(folder), client, metrics)
     app = create_app(gateway)

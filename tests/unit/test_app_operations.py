@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from consilium import __version__
-from gateway.messages import Failure
+from gateway.messages import ExpertLoad, Failure, Status
 from tests.fake_engine import CONTEXT, FakeStack, fake_stack
 
 pytestmark = pytest.mark.anyio
@@ -86,6 +87,42 @@ async def test_metrics_of_the_engine_and_its_workers(stack: FakeStack) -> None:
     assert found["worker_sent_bytes_total", worker] == 500
     assert found["worker_connected", worker] == 1
     assert found["worker_experts", worker] == 12
+
+
+async def test_failures_are_counted_in_streams_too(stack: FakeStack) -> None:
+    stack.engine.failure = Failure("ExpertUnavailable", "gone")
+    response = await stack.client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 5, "stream": True})
+    assert response.status_code == 200  # the first token had been sent
+    await stack.client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 5})
+    await stack.client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": -1})  # never begins
+    found = await samples(stack)
+    assert found["request_failure_total", "ExpertUnavailable"] == 2
+    assert sum(value for (name, _), value in found.items() if name == "request_failure_total") == 2
+
+
+async def test_readiness_and_missing_experts(stack: FakeStack) -> None:
+    assert (await samples(stack))["ready", ""] == 1
+    stack.engine.pause()
+    request = asyncio.create_task(stack.client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 5}))
+    await stack.engine.started.wait()
+    stack.engine.send(Status(False, "no worker holds experts 1 of layers 0", [], 100_000, missing_experts=7))
+    stack.engine.resume()
+    await request  # whose answers come after the status
+    found = await samples(stack)
+    assert found["ready", ""] == 0
+    assert found["missing_experts", ""] == 7
+    assert not [labels for name, labels in found if name.startswith("worker_")]  # the one there was is gone
+
+
+async def test_load_of_every_expert(stack: FakeStack) -> None:
+    assert (await stack.client.get("/load/experts")).json() == {"layers": []}
+    stack.engine.send(ExpertLoad({3: [0, 5], 1: [2, 0]}))
+    stack.engine.send(ExpertLoad({3: [1, 1]}))
+    await stack.client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 5})  # answered after them
+    found = await samples(stack)
+    assert found["expert_rows_total", "1,3"] == 6  # expert, layer
+    load = (await stack.client.get("/load/experts")).json()
+    assert load == {"layers": [{"layer": 1, "rows": [2, 0]}, {"layer": 3, "rows": [1, 6]}]}
 
 
 async def test_counters_end_in_total_and_everything_has_help(stack: FakeStack) -> None:

@@ -13,6 +13,7 @@ from consilium.gate import Routing, softmax_top_k
 from gateway.batches import combine, group_by_expert
 from gateway.dispatcher import Dispatcher
 from gateway.mailbox import Mailbox
+from gateway.messages import EXPERT_CALL_ROWS, ExpertLoad
 from tests.local_workers import LocalWorker, local_dispatcher, reference_rows
 from tests.tiny_models import save_mixtral
 
@@ -72,7 +73,38 @@ def test_a_replica_answers_for_a_failed_worker(checkpoint: Checkpoint, mailbox: 
     found, failures = dispatched(dispatcher, mailbox)
     assert torch.allclose(found, expected(checkpoint), atol=1e-5)
     assert not failures
-    assert sum(each.failures for each in dispatcher.take_stats()) == 1
+    stats = {each.address: each for each in dispatcher.take_stats()}
+    assert [stats[worker.address].failures for worker in workers] == [1, 0, 0]
+    assert stats[workers[0].address].failovers == 0
+    assert sum(each.failovers for each in stats.values()) > 0
+
+
+def test_calls_of_experts_are_counted_by_their_rows(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
+    dispatcher, _ = local_dispatcher(checkpoint, mailbox, [range(4)])
+    _, routing = layer_input()
+    dispatched(dispatcher, mailbox)
+    dispatched(dispatcher, mailbox)
+    (stats,) = dispatcher.take_stats()
+    expected = [0] * (len(EXPERT_CALL_ROWS) + 1)
+    for rows in torch.bincount(routing.ids.flatten(), minlength=4).tolist():
+        expected[next(place for place, bound in enumerate(EXPERT_CALL_ROWS) if rows <= bound)] += 2
+    assert stats.expert_calls == expected
+
+
+def test_the_meter_counts_each_row_once_whoever_computes_it(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
+    dispatcher, workers = local_dispatcher(checkpoint, mailbox, [range(4), range(4)])
+    break_down(workers[0], ExpertUnavailable("the stream broke"))
+    _, routing = layer_input()
+    assert dispatcher.meter.due_in() is None
+    dispatched(dispatcher, mailbox)
+    report = dispatcher.meter.take_report()
+    assert report == ExpertLoad({1: torch.bincount(routing.ids.flatten(), minlength=4).tolist()})
+    assert dispatcher.meter.due_in() is None
+    dispatched(dispatcher, mailbox)
+    assert dispatcher.meter.take_report() is None  # not within a second of the last one
+    due = dispatcher.meter.due_in()
+    assert due is not None
+    assert 0 < due <= 1
 
 
 def test_only_rows_of_a_lost_expert_fail(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
