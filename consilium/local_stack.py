@@ -91,3 +91,14 @@ def thread_environment(threads: int) -> dict[str, str]:
     count = str(threads)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     return {**dict.fromkeys(names, count), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as people write them: 0-3,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -53,7 +53,7 @@ class StopAsked:
 
 
 class Child:
-    """One running process. ``show`` gets its name and every line that it logs."""
+    """One running process. ``show`` gets every line that it logs."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Child:
         command: Sequence[str],
         environ: Mapping[str, str],
         events: queue.SimpleQueue[object],
-        show: Callable[[str, str], None],
+        show: Callable[[str], None],
     ) -> None:
         self.name = name
         self._events = events
@@ -124,7 +124,7 @@ class Child:
 
     def _log(self, line: str) -> None:
         self._tail.append(line.rstrip())
-        self._show(self.name, line.rstrip())
+        self._show(line.rstrip())
 
     def _wait(self) -> None:
         status = self._process.wait()

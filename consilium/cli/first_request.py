@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shlex
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,12 +97,14 @@ def how_to_ask(url: str, model: str, needs_key: bool) -> str:
     """The same request with curl and with the Python SDK."""
     key_header = ' -H "Authorization: Bearer $API_KEY"' if needs_key else ""
     key = 'os.environ["API_KEY"]' if needs_key else '"none"'
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}]})
+    messages = json.dumps([{"role": "user", "content": QUESTION}])
+    body = shlex.quote(f'{{"model": {json.dumps(model)}, "messages": {messages}}}')
     return f"""\
 curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key_header} \\
-  -d '{body}'
+  -d {body}
 
 {"import os" + chr(10) if needs_key else ""}from openai import OpenAI  # pip install openai
 client = OpenAI(base_url="{url}/v1", api_key={key})
-answer = client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "{QUESTION}"}}])
+messages = {messages}
+answer = client.chat.completions.create(model={json.dumps(model)}, messages=messages)
 print(answer.choices[0].message.content)"""

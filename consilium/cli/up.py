@@ -12,71 +12,29 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from consilium.cli.first_request import Answer, Gateway, how_to_ask
+from consilium.cli.local_processes import LocalProcesses, StoppedAtStart
 from consilium.config import Config, load_config
 from consilium.cores import usable_cores
-from consilium.errors import ConfigError, DeadlineExceeded
-from consilium.local_stack import LocalWorker, gateway_command, plan_workers, thread_environment, worker_command
+from consilium.errors import ConfigError
+from consilium.local_stack import LocalWorker, gateway_command, plan_workers, ranges, worker_command
 from consilium.model_config import ModelConfig
 from consilium.model_folder import read_model_folder
 from consilium.models import FETCHABLE, is_model_folder, resolve_model
-from consilium.supervisor import Child, Ended, Listening, StopAsked, next_event, stop
-
-_COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
-# Beyond the time that a process is allowed for what it has accepted.
-_GRACE_SECONDS = 5.0
-
-
-class _Stopped(Exception):
-    """Someone asked to stop before everything was ready."""
+from consilium.supervisor import Ended, Listening, StopAsked, next_event
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
     """The gateway is ready."""
-
-
-@dataclass(slots=True)
-class _Stack:
-    """The processes of one `up`, and where they report."""
-
-    config: Config
-    shared: list[str]  # arguments that workers and gateway have in common
-    cores: int
-    deadline: float  # monotonic; everything must be ready by then
-    events: queue.SimpleQueue[object] = field(default_factory=queue.SimpleQueue)
-    console: Console = field(default_factory=lambda: Console(stderr=True))
-    workers: list[Child] = field(default_factory=list)
-    gateway: Child | None = None
-    closing: threading.Event = field(default_factory=threading.Event)
-    not_ready: str = "the processes are starting"
-
-    def start(self, name: str, command: Sequence[str], threads: int) -> Child:
-        return Child(name, command, thread_environment(threads), self.events, self.show)
-
-    def show(self, name: str, line: str) -> None:
-        """Forward one line of a child's log."""
-        number = 0 if name == "gateway" else 1 + int(name.rpartition("-")[2]) % (len(_COLOURS) - 1)
-        self.console.print(Text.assemble((f"{name:<9}│ ", _COLOURS[number]), line), soft_wrap=True)
-
-    def event_at_start(self) -> object:
-        """The next event. Raises ChildDied, DeadlineExceeded, and _Stopped."""
-        event = next_event(self.events, self.deadline)
-        if isinstance(event, Ended):
-            raise event.child.died(event.status, "before everything was ready")
-        if isinstance(event, StopAsked):
-            raise _Stopped
-        if event is None:
-            raise DeadlineExceeded(f"not ready in time (--start-timeout): {self.not_ready}")
-        return event
 
 
 def up(options: argparse.Namespace) -> int:
@@ -88,16 +46,16 @@ def up(options: argparse.Namespace) -> int:
     shared = ["--model", config.model, "--quantization", config.quantization, "--dtype", config.dtype]
     if options.config:
         shared += ["--config", options.config]
-    stack = _Stack(config, shared, cores, time.monotonic() + options.start_timeout)
+    stack = LocalProcesses(config, shared, cores, time.monotonic() + options.start_timeout)
     with _signals(stack.events):
         try:
             gateway = _start(stack, workers)
             _introduce(stack, gateway, model, workers)
             return _watch(stack, gateway, options.demo)
-        except _Stopped:
+        except StoppedAtStart:
             return 0
         finally:
-            _stop(stack)
+            stack.stop()
 
 
 def _load(options: argparse.Namespace) -> Config:
@@ -123,7 +81,7 @@ def _model(config: Config) -> ModelConfig:
     return model
 
 
-def _start(stack: _Stack, workers: Sequence[LocalWorker]) -> Gateway:
+def _start(stack: LocalProcesses, workers: Sequence[LocalWorker]) -> Gateway:
     """Start the workers, then the gateway with their addresses, and wait until it is ready."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stack.console, transient=True) as progress:
@@ -132,34 +90,39 @@ def _start(stack: _Stack, workers: Sequence[LocalWorker]) -> Gateway:
         progress.update(task, description="starting the gateway")
         threads = stack.config.gateway.threads or stack.cores
         command = gateway_command(stack.config, groups, threads, stack.shared)
-        stack.gateway = stack.start("gateway", command, threads)
+        stack.start_gateway(command, threads)
         event = stack.event_at_start()
         while not isinstance(event, Listening):
             event = stack.event_at_start()
+        progress.advance(task)
         keys = stack.config.gateway.api_keys
         gateway = Gateway(_reachable(event.address), keys[0].get_secret_value() if keys else None)
-        progress.advance(task)
-
-        def tell(reason: str) -> None:
-            stack.not_ready = reason
-            progress.update(task, description=f"waiting for the gateway: {reason}")
-
-        def probe() -> None:
-            if gateway.wait_until_ready(stack.closing, tell):
-                stack.events.put(_Ready())
-
-        threading.Thread(target=probe, name="ready-probe", daemon=True).start()
-        while not isinstance(stack.event_at_start(), _Ready):
-            pass
+        _await_ready(stack, gateway, progress, task)
     return gateway
 
 
+def _await_ready(stack: LocalProcesses, gateway: Gateway, progress: Progress, task: TaskID) -> None:
+    """Ask from another thread, so that this one still hears of Ctrl-C and of children that end."""
+
+    def tell(reason: str) -> None:
+        stack.not_ready = reason
+        progress.update(task, description=f"waiting for the gateway: {escape(reason)}")
+
+    def probe() -> None:
+        if gateway.wait_until_ready(stack.closing, tell):
+            stack.events.put(_Ready())
+
+    threading.Thread(target=probe, name="ready-probe", daemon=True).start()
+    while not isinstance(stack.event_at_start(), _Ready):
+        pass
+
+
 def _start_workers(
-    stack: _Stack, workers: Sequence[LocalWorker], progress: Progress, task: TaskID
+    stack: LocalProcesses, workers: Sequence[LocalWorker], progress: Progress, task: TaskID
 ) -> list[tuple[str, str]]:
     """Pairs of a group's name and a worker's address, in the order of ``workers``."""
     for worker in workers:
-        stack.workers.append(stack.start(worker.name, worker_command(worker, stack.shared), worker.threads))
+        stack.start_worker(worker.name, worker_command(worker, stack.shared), worker.threads)
     addresses: dict[str, str] = {}
     while len(addresses) < len(workers):
         event = stack.event_at_start()
@@ -174,30 +137,19 @@ def _reachable(address: str) -> str:
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
-def _introduce(stack: _Stack, gateway: Gateway, model: ModelConfig, workers: Sequence[LocalWorker]) -> None:
+def _introduce(stack: LocalProcesses, gateway: Gateway, model: ModelConfig, workers: Sequence[LocalWorker]) -> None:
     """Print what is running and how to send a first request."""
     name = gateway.model_name()
     layers = len(model.expert_layers())
     print(f"\n{name} is ready at {gateway.url}/v1")
     print(f"{model.num_experts} experts in each of {layers} layers, {stack.config.quantization}, on", end=" ")
-    print(f"{len(workers)} workers: " + "; ".join(f"{w.name} ({w.group}) holds {_ranges(w.experts)}" for w in workers))
+    print(f"{len(workers)} workers: " + "; ".join(f"{w.name} ({w.group}) holds {ranges(w.experts)}" for w in workers))
     print(f"\n{how_to_ask(gateway.url, name, gateway.api_key is not None)}\n", flush=True)
     if stack.config.experts:
         stack.console.print("the endpoints under `experts:` were replaced by those of the local workers")
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as people write them: 0-3,7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def _watch(stack: _Stack, gateway: Gateway, demo: bool) -> int:
+def _watch(stack: LocalProcesses, gateway: Gateway, demo: bool) -> int:
     """Exit status, once the stack is told to stop (0) or the gateway has ended by itself (1)."""
     if demo:
 
@@ -218,17 +170,6 @@ def _watch(stack: _Stack, gateway: Gateway, demo: bool) -> int:
         elif isinstance(event, Ended):
             lost = event.child.died(event.status, "while it was serving").message
             stack.console.print(Text(f"{lost}\nThe rest goes on without it.", style="bold red"), soft_wrap=True)
-
-
-def _stop(stack: _Stack) -> None:
-    """The gateway first, so that what it has accepted finds its workers; then the workers."""
-    stack.closing.set()
-    if any(child.running for child in [*stack.workers, *([stack.gateway] if stack.gateway else [])]):
-        stack.console.print("stopping (Ctrl-C again does not wait for running requests)")
-    hurried = False
-    if stack.gateway is not None:
-        hurried = stop([stack.gateway], stack.events, stack.config.gateway.drain_timeout + _GRACE_SECONDS)
-    stop(stack.workers, stack.events, 0.0 if hurried else stack.config.worker.drain_timeout + _GRACE_SECONDS)
 
 
 @contextmanager

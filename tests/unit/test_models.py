@@ -35,7 +35,8 @@ def test_cache_folder_follows_the_platform(monkeypatch: pytest.MonkeyPatch, tmp_
     assert cache_folder() == tmp_path / "mine"
 
 
-def test_a_folder_with_a_config_is_a_model(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.usefixtures("cache")
+def test_a_folder_with_a_config_is_a_model(tmp_path: Path) -> None:
     folder = _model(tmp_path / "mine")
     assert resolve_model(str(folder)) == folder
 

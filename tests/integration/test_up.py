@@ -1,0 +1,160 @@
+"""`consilium up` with the real services and a tiny model."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+SECONDS = 120.0
+
+
+@contextmanager
+def _up(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`consilium up` as a process with its output in one pipe; killed at the end if it is still there."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("CONSILIUM_")}
+    command = [sys.executable, "-m", "consilium", "up", "--threads", "1", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def _read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What it writes up to the first line with ``text``; fails where it ends before that."""
+    assert process.stdout is not None
+    read = ""
+    for line in process.stdout:
+        read += line
+        if text in line:
+            return read
+    raise AssertionError(f"no {text!r} in what it wrote:\n{read}")
+
+
+def _descendants(pid: int) -> set[int]:
+    """Processes started by ``pid``, and by those."""
+    parents: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+def _wait_all_ended(watched: list[int]) -> None:
+    """Return when the processes behind these pidfds have ended."""
+    for descriptor in watched:
+        assert select.select([descriptor], [], [], SECONDS)[0], "a process was left behind"
+        os.close(descriptor)
+
+
+def test_up_answers_and_stops_everything_at_ctrl_c(tiny_mixtral: Path) -> None:
+    with _up("--model", str(tiny_mixtral), "--port", "0", "--workers", "2") as process:
+        introduction = _read_until(process, "Ctrl-C stops everything.")
+        assert "worker-0 (experts) holds 0-1; worker-1 (experts) holds 2-3" in introduction
+        assert "\n> " in introduction
+        url = introduction.split("is ready at ")[1].split()[0]
+        body = {"model": httpx.get(f"{url}/models").json()["data"][0]["id"], "prompt": "a", "max_tokens": 3}
+        assert httpx.post(f"{url}/completions", json=body, timeout=SECONDS).json()["usage"]["completion_tokens"] == 3
+        children = _descendants(process.pid)
+        assert len(children) >= 4, "two workers, the gateway and its engine"
+        watched = [os.pidfd_open(child) for child in children]
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        rest = process.stdout.read()
+        assert process.wait() == 0
+        assert rest.index("shutting down") < rest.index("draining"), "the gateway goes first"
+        _wait_all_ended(watched)
+
+
+def test_nothing_survives_when_up_is_killed(tiny_mixtral: Path) -> None:
+    with _up("--model", str(tiny_mixtral), "--port", "0", "--no-demo", "--replicas", "2") as process:
+        _read_until(process, "is ready at")
+        watched = [os.pidfd_open(child) for child in _descendants(process.pid)]
+        assert len(watched) >= 4
+        process.kill()
+        _wait_all_ended(watched)
+
+
+def test_a_child_that_dies_at_start_is_shown_and_stops_everything(tiny_mixtral: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with _up("--model", str(tiny_mixtral), "--port", str(port)) as process:
+            output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    last = output[
+        output.index("error: gateway ended with exit status 1 before everything was ready. Its last lines:") :
+    ]
+    assert str(port) in last
+    assert output.count("draining") == 2, "both workers were stopped in order"
+
+
+def test_a_worker_that_dies_later_is_told_and_the_gateway_s_death_ends_all(tiny_mixtral: Path) -> None:
+    with _up("--model", str(tiny_mixtral), "--port", "0", "--no-demo", "--replicas", "2") as process:
+        introduction = _read_until(process, "is ready at")
+        url = introduction.split("is ready at ")[1].split()[0]
+        os.kill(_named(process.pid, "expert_service"), signal.SIGKILL)
+        _read_until(process, "was killed by SIGKILL while it was serving")
+        _read_until(process, "The rest goes on without it.")
+        body = {"model": httpx.get(f"{url}/models").json()["data"][0]["id"], "prompt": "a", "max_tokens": 3}
+        assert httpx.post(f"{url}/completions", json=body, timeout=SECONDS).status_code == 200
+        watched = [os.pidfd_open(child) for child in _descendants(process.pid)]
+        os.kill(_named(process.pid, "gateway"), signal.SIGKILL)
+        _read_until(process, "error: gateway was killed by SIGKILL while it was serving")
+        assert process.wait(SECONDS) == 1
+        _wait_all_ended(watched)
+
+
+def test_ctrl_c_while_it_starts_stops_what_has_started(tiny_mixtral: Path) -> None:
+    with _up("--model", str(tiny_mixtral), "--port", "0", "--no-demo") as process:
+        _read_until(process, "worker-")
+        watched = [os.pidfd_open(child) for child in _descendants(process.pid)]
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
+        _wait_all_ended(watched)
+
+
+def test_groups_of_a_file_run_here_with_their_limits(tiny_mixtral: Path, tmp_path: Path) -> None:
+    file = tmp_path / "consilium.yaml"
+    file.write_text(
+        "experts:\n"
+        '  vision:\n    endpoint: "grpc://vision-expert:50051"\n    max_batch: 32\n'
+        '  language:\n    endpoint: "grpc://language-expert:50051"\n    timeout: 500ms\n'
+    )
+    with _up("--model", str(tiny_mixtral), "--port", "0", "--config", str(file)) as process:
+        introduction = _read_until(process, "Ctrl-C stops everything.")
+    assert "worker-0 (vision) holds 0-1; worker-1 (language) holds 2-3" in introduction
+    assert "were replaced by those of the local workers" in introduction
+
+
+@pytest.mark.parametrize("service", ["gateway", "expert"])
+def test_services_have_help_of_their_own(service: str) -> None:
+    command = [sys.executable, "-m", "consilium", service, "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert f"usage: consilium {service}" in finished.stdout
+
+
+def _named(pid: int, module: str) -> int:
+    """The child of ``pid`` that runs ``python -m module``."""
+    for child in sorted(_descendants(pid)):
+        words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        if words[1:3] == ["-m", module]:
+            return child
+    raise AssertionError(f"{pid} has no child that runs {module}")
