@@ -64,11 +64,12 @@ def plan_workers(config: Config, experts: int, workers: int, replicas: int, core
     ]
 
 
-def worker_command(worker: LocalWorker, shared: Sequence[str]) -> list[str]:
-    """The worker's command line, on a loopback port of the system's choice."""
+def worker_command(worker: LocalWorker, shared: Sequence[str], *, metrics: bool = False) -> list[str]:
+    """The worker's command line, on loopback ports of the system's choice, one more for its metrics if wanted."""
     held = ",".join(map(str, worker.experts))
     place = ["--host", "127.0.0.1", "--port", "0", "--group", worker.group, "--layers", "all", "--experts", held]
-    return [sys.executable, "-m", "expert_service", *shared, *place, "--threads", str(worker.threads)]
+    ports = ["--metrics-port", "0"] if metrics else []
+    return [sys.executable, "-m", "expert_service", *shared, *place, *ports, "--threads", str(worker.threads)]
 
 
 def gateway_command(

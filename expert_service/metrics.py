@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from prometheus_client import (
@@ -22,6 +23,8 @@ from expert_service.executor import Answer, Executor
 from expert_service.frame_computer import INDEX_BYTES
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "consilium_expert_service_"
 _LABELS = ("model_name", "group")
@@ -77,7 +80,9 @@ class ServiceMetrics:
                 f"cannot listen on {host} port {port} for metrics: {error.strerror}; choose another with "
                 "--metrics-port (0 lets the system choose)"
             ) from None
-        return f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics"
+        logger.info("metrics at %s", url)
+        return url
 
     def _finished(self, rows: int, answer: Answer) -> None:
         if answer.cancelled():

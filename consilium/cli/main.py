@@ -83,6 +83,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     up.add_argument(
         "--start-timeout", type=_duration, metavar="TIME", default=600.0, help="longest start, until ready (10m)"
     )
+    up.add_argument("--metrics", action="store_true", help="workers' metrics on ports of their own, shown in the log")
     up.add_argument("--no-demo", dest="demo", action="store_false", help="send no first request")
     up.set_defaults(command=up_command.up)
 

@@ -65,6 +65,7 @@ def _load(options: argparse.Namespace) -> Config:
         "dtype": options.dtype,
         "gateway.host": options.host,
         "gateway.port": options.port,
+        "worker.metrics_port": 0 if options.metrics else None,
     }
     return load_config(Path(options.config) if options.config else None, overrides=overrides)
 
@@ -121,8 +122,9 @@ def _start_workers(
     stack: LocalProcesses, workers: Sequence[LocalWorker], progress: Progress, task: TaskID
 ) -> list[tuple[str, str]]:
     """Pairs of a group's name and a worker's address, in the order of ``workers``."""
+    metrics = stack.config.worker.metrics_port is not None  # one port cannot be all workers'
     for worker in workers:
-        stack.start_worker(worker.name, worker_command(worker, stack.shared), worker.threads)
+        stack.start_worker(worker.name, worker_command(worker, stack.shared, metrics=metrics), worker.threads)
     addresses: dict[str, str] = {}
     while len(addresses) < len(workers):
         event = stack.event_at_start()

@@ -76,6 +76,9 @@ def test_commands_name_every_address_under_its_group() -> None:
     pairs = dict(zip(command[5::2], command[6::2], strict=True))
     assert (pairs["--group"], pairs["--layers"], pairs["--experts"]) == ("experts", "all", "3,4,5")
     assert (pairs["--host"], pairs["--port"], pairs["--threads"]) == ("127.0.0.1", "0", "1")
+    assert "--metrics-port" not in pairs
+    command = worker_command(worker, ["--model", "m"], metrics=True)
+    assert command[command.index("--metrics-port") + 1] == "0"  # they cannot all have the configured one
     command = gateway_command(config, [("a", "grpc://127.0.0.1:1"), ("a", "grpc://127.0.0.1:2")], 4, ["--model", "m"])
     assert command[-4:] == ["--group-endpoint", "a=grpc://127.0.0.1:1", "--group-endpoint", "a=grpc://127.0.0.1:2"]
     assert command[5:11] == ["--host", "0.0.0.0", "--port", "9000", "--threads", "4"]
