@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the three primary colors."
 OPENING = "Once upon a time"
 _POLL_SECONDS = 0.2
 
