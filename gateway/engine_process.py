@@ -152,7 +152,7 @@ class EngineProcess:
             row_dtype=WIRE_DTYPES[ROW_DTYPES[config.dtype]],
             hidden_size=checkpoint.config.hidden_size,
         )
-        pool = WorkerPool(config.experts, checkpoint.config, expectations, self._mailbox)
+        pool = WorkerPool(config.experts, config.worker.max_frame, checkpoint.config, expectations, self._mailbox)
         following = asyncio.ensure_future(pool.run())
         reading = asyncio.ensure_future(self._read())
         tasks = [following, reading]

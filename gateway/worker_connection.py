@@ -70,6 +70,7 @@ class WorkerConnection:
         group: str,
         address: str,
         config: ExpertGroupConfig,
+        max_frame: int,
         expectations: Expectations,
         mailbox: Mailbox,
         on_change: Callable[[], None],
@@ -77,7 +78,7 @@ class WorkerConnection:
         self.group, self.address = group, address
         self.description: expert_pb2.DescribeResponse | None = None  # set while it may be sent frames
         self.detail = "connecting"
-        self._config, self._expectations = config, expectations
+        self._config, self._max_frame, self._expectations = config, max_frame, expectations
         self._mailbox, self._on_change = mailbox, on_change
         self._loop = asyncio.get_running_loop()
         self._call_ids = itertools.count(1)
@@ -130,7 +131,7 @@ class WorkerConnection:
             await asyncio.sleep(backoff)
 
     async def _session(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=channel_options()) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=channel_options(self._max_frame)) as channel:
             stub = expert_pb2_grpc.ExpertServiceStub(channel)
             description = await stub.Describe(expert_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT)
             self._expectations.check(description)

@@ -39,11 +39,12 @@ class WorkerPool:
     def __init__(
         self,
         groups: Mapping[str, ExpertGroupConfig],
+        max_frame: int,
         model: ModelConfig,
         expectations: Expectations,
         mailbox: Mailbox,
     ) -> None:
-        self._groups, self._model = groups, model
+        self._groups, self._max_frame, self._model = groups, max_frame, model
         self._expectations, self._mailbox = expectations, mailbox
         self._connections: dict[str, WorkerConnection] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -95,7 +96,9 @@ class WorkerPool:
 
     def _open(self, group: str, config: ExpertGroupConfig, address: str) -> None:
         if address not in self._connections:
-            connection = WorkerConnection(group, address, config, self._expectations, self._mailbox, self._publish)
+            connection = WorkerConnection(
+                group, address, config, self._max_frame, self._expectations, self._mailbox, self._publish
+            )
             self._connections[address] = connection
             self._tasks[address] = asyncio.ensure_future(connection.run())
 
@@ -111,13 +114,12 @@ class WorkerPool:
         hashes: dict[tuple[int, int], bytes] = {}
         classes: dict[tuple[int, int], set[str]] = {}
         held: dict[str, list[tuple[int, int]]] = {}
+        details = {address: each.detail for address, each in self._connections.items()}
         for address, connection in list(usable.items()):
             experts = _held_experts(connection, self._model)
             odd = next((each for each, digest in experts.items() if hashes.get(each, digest) != digest), None)
             if odd is not None:
-                connection.detail = (
-                    f"not used: its weights of expert {odd[1]} of layer {odd[0]} differ from a replica's"
-                )
+                details[address] = f"not used: its weights of expert {odd[1]} of layer {odd[0]} differ from a replica's"
                 del usable[address]
                 continue
             hashes.update(experts)
@@ -125,8 +127,8 @@ class WorkerPool:
             for expert in experts:
                 classes.setdefault(expert, set()).add(connection.numerics_class)
         statuses = [
-            WorkerStatus(each.group, each.address, each.address in usable, each.detail, len(held.get(each.address, ())))
-            for each in self._connections.values()
+            WorkerStatus(each.group, address, address in usable, details[address], len(held.get(address, ())))
+            for address, each in self._connections.items()
         ]
         identities = {
             expert: ExpertIdentity(hashes[expert], *found) for expert, found in classes.items() if len(found) == 1
