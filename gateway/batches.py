@@ -26,6 +26,11 @@ class ExpertBatches:
     tokens: NDArray[np.int64]  # [P] row of each pair
     places: int  # T * K; P is less when some pairs have been taken out
 
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Pairs of each expert [M]."""
+        return self.offsets[1:] - self.offsets[:-1]
+
 
 def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing) -> ExpertBatches:
     """Sort the pairs of ``routing`` by expert; pairs of one expert keep the order of their tokens."""
@@ -38,7 +43,7 @@ def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing) -> Ex
 
 def keep_pairs(batches: ExpertBatches, kept: NDArray[np.bool_]) -> ExpertBatches:
     """Only the pairs marked in ``kept`` [P], and the experts that have any; slots, tokens and rows mean the same."""
-    owners = np.repeat(np.arange(len(batches.experts)), np.diff(batches.offsets))[kept]
+    owners = np.repeat(np.arange(len(batches.experts)), batches.counts)[kept]
     positions, starts = np.unique(owners, return_index=True)
     return replace(
         batches,

@@ -67,6 +67,7 @@ class Dispatcher:
         self._row_dtype, self._layer_timeout = row_dtype, layer_timeout
         self.meter = meter
         self._stats: dict[str, WorkerStats] = {}
+        self._expert_calls: dict[str, list[NDArray[np.int64]]] = {}  # rows of each expert in each frame, by address
         self._turn = 0
 
     async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
@@ -97,7 +98,7 @@ class Dispatcher:
             for worker, positions, pairs, call in calls:
                 try:
                     outputs[batches.slots[pairs]] = await self._collect(worker, call, len(pairs), hidden_size)
-                    self._count_expert_calls(worker, np.diff(batches.offsets)[positions])
+                    self._expert_calls.setdefault(worker.address, []).append(batches.counts[positions])
                 except ConsiliumError as error:
                     self._count(worker, failures=1)
                     if error.retryable:
@@ -110,19 +111,22 @@ class Dispatcher:
 
     def take_stats(self) -> list[WorkerStats]:
         """What each worker did since the last call."""
-        stats, self._stats = list(self._stats.values()), {}
+        for address, calls in self._expert_calls.items():  # of a whole step at once: each call costs more than the rows
+            buckets = np.searchsorted(EXPERT_CALL_ROWS, np.concatenate(calls))
+            self._stats[address].expert_calls = np.bincount(buckets, minlength=len(EXPERT_CALL_ROWS) + 1).tolist()
+        stats, self._stats, self._expert_calls = list(self._stats.values()), {}, {}
         return stats
 
     def _plan(
         self, layer: int, batches: ExpertBatches, wanted: list[int], excluded: Mapping[str, object]
     ) -> tuple[dict[str, list[int]], list[int]]:
         """Positions (in ``batches.experts``) for each address, and those without a holder."""
-        counts = np.diff(batches.offsets)
         holders = {}
         for position in wanted:
             addresses = self.placement.holders.get((layer, int(batches.experts[position])), ())
             holders[position] = tuple(each for each in addresses if each not in excluded) if excluded else addresses
         self._turn += 1
+        counts = batches.counts
         return assign({position: int(counts[position]) for position in wanted}, holders, self._turn)
 
     async def _collect(self, worker: Worker, call: Completion[Reply], pairs: int, hidden_size: int) -> Tensor:
@@ -145,11 +149,6 @@ class Dispatcher:
         stats = self._stats.setdefault(worker.address, WorkerStats(worker.group, worker.address))
         for name, amount in amounts.items():
             setattr(stats, name, getattr(stats, name) + amount)
-
-    def _count_expert_calls(self, worker: Worker, rows: NDArray[np.int64]) -> None:
-        stats = self._stats[worker.address]
-        found = np.bincount(np.searchsorted(EXPERT_CALL_ROWS, rows), minlength=len(EXPERT_CALL_ROWS) + 1)
-        stats.expert_calls = (found + stats.expert_calls if stats.expert_calls else found).tolist()
 
     @staticmethod
     def _fail(batches: ExpertBatches, position: int, error: Exception, failures: dict[int, Exception]) -> None:

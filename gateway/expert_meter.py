@@ -26,7 +26,7 @@ class ExpertMeter:
 
     def add(self, layer: int, batches: ExpertBatches) -> None:
         """Count the rows of one layer in one step."""
-        self._rows[layer, batches.experts] += np.diff(batches.offsets)
+        self._rows[layer, batches.experts] += batches.counts
         self._counted = True
 
     def due_in(self) -> float | None:
