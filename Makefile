@@ -2,11 +2,12 @@
 #   make up                    a running stack with the default model; ARGS="--model DIR --workers 4" are its flags
 #   make setup TORCH=...       another torch, for example TORCH="torch==2.11.0"
 #   make test PYTEST="-k name" some of the tests
+#   make test-system           with real parts (Prometheus, Docker, …); as root, says what it installs
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := up
-.PHONY: setup up test lint protos bench clean
+.PHONY: setup up test test-system lint protos bench clean
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -26,6 +27,11 @@ up: $(READY)
 test: $(READY)
 	@$(BIN)/consilium model fetch default
 	@$(BIN)/python -m pytest tests/unit tests/parity tests/integration tests/chaos $(PYTEST)
+
+test-system: $(READY)
+	@scripts/system-setup.sh
+	@$(BIN)/consilium model fetch default
+	@$(BIN)/python -m pytest tests/system $(PYTEST)
 
 lint: $(READY)
 	@$(BIN)/ruff check
