@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 from pydantic import SecretStr
@@ -39,6 +40,9 @@ from gateway.served_model import ServedModel
 from gateway.state import Gateway
 from gateway.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
+SECONDS = 30.0
 VOCAB_SIZE = 384
 CONTEXT = 512
 EOS = 1
@@ -110,8 +114,8 @@ class FakeEngine:
         assert self._writer is not None
         self._writer.write(content)
 
-    def say_ready(self, ready: bool = True, detail: str = "ready") -> None:
-        self.send(Status(ready, detail, [WORKER], kv_tokens_total=100_000))
+    def say_ready(self, ready: bool = True, detail: str = "ready", kv_tokens_total: int = 100_000) -> None:
+        self.send(Status(ready, detail, [WORKER], kv_tokens_total))
 
     def fail_now(self, failure: Failure) -> None:
         """End every sequence with an error, whatever it has sent so far."""
@@ -211,6 +215,18 @@ def make_model(folder: Path, name: str = MODEL) -> ServedModel:
     """What the HTTP process knows of a model whose folder holds only the tiny tokenizer."""
     tokenizer = Tokenizer(folder, VOCAB_SIZE)
     return ServedModel(name, tokenizer, load_chat_template(folder, tokenizer), VOCAB_SIZE, CONTEXT)
+
+
+async def within(work: Awaitable[T]) -> T:
+    """The result of ``work``; a test that would wait for ever fails instead."""
+    return await asyncio.wait_for(work, SECONDS)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the other coroutines of this process run until ``condition`` holds."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110 (the state of the code under test has no event)
+            await asyncio.sleep(0)
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from tests.tiny_models import save_mixtral
 KEY = "sdk-test-key"
 MODEL = "tiny-mixtral"
 CAPACITY = 4  # sequences
-CONTEXT = 512
+CONTEXT = 100_000  # no test's request ends by itself before its client is done with it
 MESSAGES: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "Hello there"},
@@ -27,7 +27,7 @@ PROMPT = "the experts meet and"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("sdk")
-    model = save_mixtral(folder / MODEL)
+    model = save_mixtral(folder / MODEL, max_position_embeddings=CONTEXT)
     settings = folder / "gateway.yaml"
     settings.write_text(f"gateway: {{api_keys: [{KEY}], max_running: {CAPACITY - 1}, max_waiting: 1}}\n", "utf-8")
     with stack(model, workers=2, gateway_args=["--config", str(settings)]) as running:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from gateway.messages import Generate
-from tests.fake_engine import CONTEXT, EOS, FakeStack, fake_stack, logprobs_of, say, spell
+from tests.fake_engine import CONTEXT, EOS, VOCAB_SIZE, FakeStack, fake_stack, logprobs_of, say, spell, within
+from tests.tiny_tokenizer import save_tokenizer
 
 pytestmark = pytest.mark.anyio
 
 MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello there"}]
 TEXT = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
+BOS_ID = 0
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ async def stack(tokenizer_folder: Path) -> AsyncIterator[FakeStack]:
 
 
 async def post(stack: FakeStack, path: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
-    response = await stack.client.post(path, json=body)
+    response = await within(stack.client.post(path, json=body))
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -92,12 +94,15 @@ async def test_a_final_message_goes_on(stack: FakeStack) -> None:
     assert prompt_of(stack, the_request(stack)).endswith("<|im_start|>assistant\nThe answer is")
 
 
-async def test_no_special_token_is_added_to_what_the_template_wrote(stack: FakeStack) -> None:
-    assert (await post(stack, "/tokenize", messages=MESSAGES))["tokens"] == await prompt_ids(stack, TEXT)
-
-
-async def prompt_ids(stack: FakeStack, text: str) -> list[int]:
-    return (await stack.gateway.model.tokenizer.encode([text], add_special_tokens=False))[0]
+async def test_no_special_token_is_added_to_what_the_template_wrote(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, VOCAB_SIZE)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}), "utf-8")
+    async with fake_stack(tmp_path) as stack:
+        await post(stack, messages=MESSAGES)
+        assert prompt_of(stack, the_request(stack)) == TEXT
+        assert (await post(stack, "/tokenize", messages=MESSAGES))["tokens"] == the_request(stack).prompt
+        assert (await post(stack, "/tokenize", prompt="Hi"))["tokens"][0] == BOS_ID
 
 
 async def test_tokenize_and_back(stack: FakeStack) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.messages import Abort, Generate
-from tests.fake_engine import EOS, FakeStack, fake_stack, logprobs_of, say, spell
+from tests.fake_engine import EOS, FakeStack, fake_stack, logprobs_of, say, spell, within
 
 pytestmark = pytest.mark.anyio
 
@@ -22,14 +22,15 @@ async def stack(tokenizer_folder: Path) -> AsyncIterator[FakeStack]:
 
 
 async def complete(stack: FakeStack, **body: Any) -> dict[str, Any]:
-    response = await stack.client.post("/v1/completions", json={"prompt": "Hello", **body})
+    response = await within(stack.client.post("/v1/completions", json={"prompt": "Hello", **body}))
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
 
 
 async def stream(stack: FakeStack, **body: Any) -> list[dict[str, Any]]:
-    response = await stack.client.post("/v1/completions", json={"prompt": "Hello", "stream": True, **body})
+    body = {"prompt": "Hello", "stream": True, **body}
+    response = await within(stack.client.post("/v1/completions", json=body))
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     *events, done, rest = response.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
@@ -96,7 +97,7 @@ async def test_a_stop_string_ends_the_sequence_in_the_engine(stack: FakeStack, i
     choice = answer["choices"][0]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (text, "stop", "def")
     assert answer["usage"]["completion_tokens"] == 6  # exactly those up to the end of the stop string
-    await stack.engine.aborted.wait()
+    await within(stack.engine.aborted.wait())
     assert stack.gateway.engine.open_sequences == 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from starlette.types import Message
 
 from gateway.dependencies import MAX_BODY_BYTES
 from gateway.messages import Abort, Failure, Generate
-from tests.fake_engine import CONTEXT, VOCAB_SIZE, FakeStack, fake_stack
+from tests.fake_engine import CONTEXT, VOCAB_SIZE, FakeStack, fake_stack, until, within
 
 pytestmark = pytest.mark.anyio
 
@@ -38,15 +38,8 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     return error
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the other coroutines of this process run until ``condition`` holds."""
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 (the state of the code under test has no event)
-            await asyncio.sleep(0)
-
-
 async def post(stack: FakeStack, path: str = COMPLETIONS, **body: Any) -> httpx.Response:
-    return await stack.client.post(path, json={"prompt": "Hello", **body} if path == COMPLETIONS else body)
+    return await within(stack.client.post(path, json={"prompt": "Hello", **body} if path == COMPLETIONS else body))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +68,13 @@ async def test_the_context_is_stated_in_numbers(stack: FakeStack) -> None:
     message = error_of(await post(stack, prompt=[5] * 500, max_tokens=13), 400)["message"]
     assert all(number in message for number in ("500", "13", str(CONTEXT)))
     assert (await post(stack, prompt=[5] * 500, max_tokens=12)).status_code == 200
+
+
+async def test_what_fits_into_no_cache_is_refused(stack: FakeStack) -> None:
+    stack.engine.say_ready(kv_tokens_total=100)
+    await until(lambda: stack.gateway.context() == 100)
+    assert "100" in error_of(await post(stack, prompt=[5] * 90, max_tokens=11), 400)["message"]
+    assert (await post(stack, prompt=[5] * 90, max_tokens=10)).status_code == 200
 
 
 async def test_a_chat_prompt_longer_than_the_context(stack: FakeStack) -> None:
@@ -111,7 +111,7 @@ async def test_a_large_body_is_refused_before_it_is_read(stack: FakeStack) -> No
 
     async def parts() -> AsyncIterator[bytes]:
         nonlocal read
-        while True:
+        for _ in range(2 * MAX_BODY_BYTES // 65536):
             read += 1
             yield b" " * 65536
 
@@ -141,7 +141,7 @@ async def test_keys(tokenizer_folder: Path) -> None:
 async def test_overload(stack: FakeStack) -> None:
     stack.engine.pause()
     first = asyncio.create_task(post(stack, n=3))
-    await stack.engine.started.wait()
+    await within(stack.engine.started.wait())
     response = await post(stack, n=2)
     assert error_of(response, 429)["type"] == "overloaded_error"
     assert int(response.headers["retry-after"]) >= 1
@@ -173,7 +173,7 @@ async def test_a_stream_that_fails_before_its_first_token_has_a_status(stack: Fa
     for stream in (False, True):
         stack.engine.started.clear()
         answering = asyncio.create_task(post(stack, stream=stream))
-        await stack.engine.started.wait()
+        await within(stack.engine.started.wait())
         stack.engine.fail_now(Failure("ExpertUnavailable", "gone"))
         response = await answering
         assert error_of(response, 503)["type"] == "unavailable_error"
@@ -192,7 +192,7 @@ async def test_while_not_ready(stack: FakeStack) -> None:
 async def test_while_draining_what_runs_goes_on(stack: FakeStack) -> None:
     stack.engine.pause()
     running = asyncio.create_task(post(stack, max_tokens=3))
-    await stack.engine.started.wait()
+    await within(stack.engine.started.wait())
     stack.gateway.engine.drain()
     error_of(await stack.client.get("/ready"), 503)
     error_of(await post(stack), 503)
@@ -216,7 +216,7 @@ async def test_the_death_of_the_engine_fails_every_open_request(stack: FakeStack
 
 async def test_a_message_that_makes_no_sense_counts_as_the_engines_death(stack: FakeStack) -> None:
     stack.engine.send_raw(b"\x02\x00\x00\x00{}")
-    await stack.gateway.engine.gone.wait()
+    await within(stack.gateway.engine.gone.wait())
     error_of(await post(stack), 503)
 
 
@@ -258,9 +258,9 @@ async def leave_after(stack: FakeStack, body: dict[str, Any], parts: int) -> lis
     connection = {"http_version": "1.1", "scheme": "http", "server": ("gateway", 80), "root_path": "", "raw_path": b""}
     answering = asyncio.ensure_future(stack.app({**request, **connection}, receive, send))
     if parts == 0:
-        await stack.engine.started.wait()
+        await within(stack.engine.started.wait())
         leaving.set()
-    await answering
+    await within(answering)
     return sent
 
 
