@@ -73,7 +73,10 @@ class ChatTemplate:
 def load_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     """chat_template.jinja, else the one in tokenizer_config.json (of several, the one called default); None without."""
     file = folder / "chat_template.jinja"
-    source = file.read_text("utf-8") if file.is_file() else _named_default(tokenizer.settings.get("chat_template"))
+    try:
+        source = file.read_text("utf-8") if file.is_file() else _named_default(tokenizer.settings.get("chat_template"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from None
     if source is None:
         return None
     tokens = {name: tokenizer.special_token(name) for name in tokenizer.settings if name.endswith("_token")}

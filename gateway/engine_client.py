@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from consilium.errors import ConsiliumError, InvalidRequest, NotReady, Overloaded
+from consilium.errors import ConsiliumError, NotReady, Overloaded
 from gateway.generation import Generation
 from gateway.messages import (
     LENGTH_BYTES,
@@ -100,19 +100,10 @@ class EngineClient:
         return None if self.status.ready else self.status.detail
 
     def open(self, sequences: Sequence[NewSequence]) -> Generation:
-        """Start all the sequences of one request, or none.
-
-        Raises NotReady, Overloaded, or InvalidRequest where they could never run together.
-        """
+        """Start all the sequences of one request, or none. Raises NotReady and Overloaded."""
         reason = self.why_not_ready()
         if reason is not None:
             raise NotReady(reason)
-        if len(sequences) > self.capacity:
-            raise InvalidRequest(
-                f"this request asks for {len(sequences)} sequences (prompts × n), but this gateway holds at most "
-                f"{self.capacity} at once; send fewer prompts per request",
-                param="prompt",
-            )
         if len(self._open) + len(sequences) > self.capacity:
             raise Overloaded(f"{len(self._open)} of {self.capacity} sequences are running or queued; try again shortly")
         ids = list(itertools.islice(self._ids, len(sequences)))

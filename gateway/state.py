@@ -26,6 +26,16 @@ class Gateway:
         status = self.engine.status
         return self.model.max_model_len if status is None else min(self.model.max_model_len, status.kv_tokens_total)
 
+    def check_count(self, sequences: int) -> None:
+        """Raise InvalidRequest for more sequences than could ever run together."""
+        capacity = self.engine.capacity
+        if sequences > capacity:
+            raise InvalidRequest(
+                f"this request asks for {sequences} sequences (prompts × n), but this gateway holds at most "
+                f"{capacity} at once; send fewer prompts per request",
+                param="prompt",
+            )
+
     def check_length(self, prompt: Prompt, max_tokens: int) -> None:
         """Raise InvalidRequest, with the numbers, for a prompt that is empty or leaves no room for ``max_tokens``."""
         if not prompt.ids:

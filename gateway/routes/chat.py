@@ -22,6 +22,7 @@ async def create_chat_completion(
 ) -> Response:
     """n answers to the last message."""
     gateway.model.check_name(body.model)
+    gateway.check_count(body.n)
     # The template writes all special tokens itself.
     (prompt,) = await gateway.encode([gateway.model.render(body)], add_special_tokens=False)
     left = max(1, gateway.context() - len(prompt.ids))

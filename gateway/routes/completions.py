@@ -24,6 +24,7 @@ async def create_completion(
 ) -> Response:
     """The continuation of one or several prompts, n times each."""
     gateway.model.check_name(body.model)
+    gateway.check_count(len(body.prompt) * body.n)
     prompts = await _prompts(gateway, body)
     for prompt in prompts:
         gateway.check_length(prompt, body.max_tokens)

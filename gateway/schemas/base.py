@@ -42,9 +42,10 @@ class Body(BaseModel):
             return False
         if key in cls.unsupported:
             raise InvalidRequest(f"{key} is not supported here; leave it out", param=key)
-        near = difflib.get_close_matches(key, [*cls.model_fields, *cls.unsupported], n=1)
+        shown = key[:_SHOWN_CHARACTERS]
+        near = difflib.get_close_matches(shown, [*cls.model_fields, *cls.unsupported], n=1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-        raise InvalidRequest(f"unknown key {key[:_SHOWN_CHARACTERS]!r}: {hint}", param=key[:_SHOWN_CHARACTERS])
+        raise InvalidRequest(f"unknown key {shown!r}: {hint}", param=shown)
 
 
 def parse_body(model: type[M], content: bytes) -> M:

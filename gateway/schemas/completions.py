@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from consilium.errors import InvalidRequest
 from gateway.schemas.sampling import MAX_LOGPROBS, MAX_TOKENS, SamplingBody
+
+MAX_PROMPTS = 4096
 
 _FORMS = "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
@@ -16,6 +18,8 @@ def _prompt_list(value: object) -> object:
     """Every form of a prompt as a list of prompts, each text or token ids."""
     if isinstance(value, str) or _is_ids(value):
         return [value]
+    if isinstance(value, list) and len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"prompt: at most {MAX_PROMPTS} prompts in a request, not {len(value)}", param="prompt")
     if not isinstance(value, list) or not value or not all(isinstance(each, str) or _is_ids(each) for each in value):
         raise InvalidRequest(_FORMS, param="prompt")
     if len({type(each) for each in value}) > 1:
@@ -32,7 +36,7 @@ class CompletionBody(SamplingBody):
 
     unsupported: ClassVar[dict[str, tuple[object, ...]]] = {**SamplingBody.unsupported, "suffix": ("",)}
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompt_list)]
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompt_list)]
     max_tokens: int = Field(16, ge=0, le=MAX_TOKENS)
     best_of: int | None = None
     echo: bool = False

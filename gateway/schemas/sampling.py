@@ -29,6 +29,13 @@ def _stop_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _few_biases(value: object) -> object:
+    """Counted before the values are looked at: each wrong one costs an error object."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens can be biased, not {len(value)}")
+    return value
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -73,7 +80,7 @@ class SamplingBody(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, ge=0.01, le=10)
-    logit_bias: dict[str, Bias] = Field({}, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(_few_biases)] = Field({})
     stop: Annotated[list[Stop], BeforeValidator(_stop_list)] = Field([], max_length=MAX_STOPS)
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKENS)
     include_stop_str_in_output: bool = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import Annotated
+
+from pydantic import FailFast, Field, model_validator
 
 from consilium.errors import InvalidRequest
 from gateway.schemas.base import Body
@@ -29,5 +31,5 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = Field(None, max_length=512)
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
     skip_special_tokens: bool = False

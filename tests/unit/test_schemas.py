@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from consilium.errors import InvalidRequest
 from gateway.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
@@ -144,6 +145,24 @@ def test_an_unknown_key_gets_the_nearest_known_one() -> None:
     assert "did you mean 'max_tokens'?" in refused(CompletionBody, {"prompt": "x", "max_token": 1}).message
     assert "did you mean 'temperature'?" in refused(ChatBody, {"messages": MESSAGES, "temprature": 1}).message
     assert "leave it out" in refused(CompletionBody, {"prompt": "x", "zzz": 1}).message
+
+
+@pytest.mark.parametrize(
+    ("model", "content", "param"),
+    [
+        (CompletionBody, {"prompt": ["a"] * 5000}, "prompt"),
+        (CompletionBody, {"prompt": [[1]] * 5000}, "prompt"),
+        (CompletionBody, {"prompt": "x", "logit_bias": {str(token): "a" for token in range(5000)}}, "logit_bias"),
+        (ChatBody, {"messages": ["a"] * 5000}, "messages"),
+        (DetokenizeBody, {"tokens": ["a"] * 5000}, "tokens.0"),
+    ],
+)
+def test_many_wrong_items_cost_no_more_than_one(model: type[Body], content: dict[str, Any], param: str) -> None:
+    """Otherwise a body of the largest size occupies the process for seconds with its own errors."""
+    with pytest.raises((InvalidRequest, ValidationError)) as caught:
+        model.model_validate(content)
+    assert not isinstance(caught.value, ValidationError) or caught.value.error_count() == 1
+    assert refused(model, content).param == param
 
 
 @pytest.mark.parametrize(
