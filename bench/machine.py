@@ -21,6 +21,7 @@ def describe() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _first(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo")) or platform.processor() or "unknown",
         "cores": len(os.sched_getaffinity(0)),
+        "load_before": round(os.getloadavg()[0], 2),  # figures taken beside other work say little
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),

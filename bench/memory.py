@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import describe
 from bench.report import write
 from tests.memory import stack_memory
 from tests.random_checkpoint import save_random_mixtral
@@ -34,13 +35,14 @@ def main() -> int:
     parser.add_argument("--experts", type=int, nargs="+", default=[4, 12, 40], metavar="E", help="in each of 4 layers")
     parser.add_argument("--quantization", choices=("none", "int8"), default="int8")
     options = parser.parse_args()
+    machine = describe()
     figures = [measure(experts, options.quantization) for experts in options.experts]
     table = Table("experts", "on disk", "HTTP process", "engine", "workers", caption="MiB resident")
     for each in figures:
         sizes = [f"{each[part] / 2**20:.0f}" for part in ("expert_bytes_on_disk", "http", "engine", "workers")]
         table.add_row(str(each["experts"]), *sizes)
     Console().print(table)
-    print(f"written to {write('memory', vars(options), figures)}", file=sys.stderr)
+    print(f"written to {write('memory', machine, vars(options), figures)}", file=sys.stderr)
     return 0
 
 

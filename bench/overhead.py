@@ -19,6 +19,7 @@ import httpx
 
 from bench.client import END_OF_STREAM, Request, events
 from bench.figures import distribution
+from bench.machine import describe
 from bench.report import write
 
 
@@ -67,10 +68,11 @@ def main() -> int:
     parser.add_argument("--interval", type=float, default=0.05, metavar="SECONDS", help="between two tokens")
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
+    machine = describe()
     with fake_server(options.interval) as url:
         figures = [asyncio.run(lateness(url, each, options.tokens)) for each in options.concurrency]
     print(json.dumps(figures, indent=2))
-    print(f"written to {write('overhead', vars(options), figures)}", file=sys.stderr)
+    print(f"written to {write('overhead', machine, vars(options), figures)}", file=sys.stderr)
     return 0
 
 

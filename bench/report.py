@@ -11,17 +11,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.machine import ROOT, describe
+from bench.machine import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 _TIMES = {"TTFT": "time_to_first_token", "ITL": "inter_token_latency", "latency": "request_latency"}
 
 
-def write(name: str, parameters: Mapping[str, Any], figures: Any) -> Path:
-    """bench/results/NAME.json. Raises OSError."""
+def write(name: str, machine: Mapping[str, Any], parameters: Mapping[str, Any], figures: Any) -> Path:
+    """bench/results/NAME.json; ``machine`` was described before the figures were taken. Raises OSError."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    content = {"benchmark": name, "machine": describe(), "parameters": parameters, "figures": figures}
+    content = {"benchmark": name, "machine": machine, "parameters": parameters, "figures": figures}
     file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     return file
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from bench.client import Request, Sample, measure
 from bench.figures import Level, summarize
 from bench.local_stack import consilium_up
+from bench.machine import describe
 from bench.prompts import Workload, requests_of
 from bench.report import print_levels, write
 
@@ -31,6 +32,7 @@ console = Console(stderr=True)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 when a request failed or the server cannot be used."""
     options = _parse(arguments)
+    machine = describe()
     with ExitStack() as cleanup:
         try:
             url = options.url or cleanup.enter_context(consilium_up(options.start, shlex.split(options.up)))
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"error: {error or type(error).__name__}", style="bold red")
             return 1
     print_levels(levels)
-    console.print(f"written to {write(options.name, _parameters(options), levels)}")
+    console.print(f"written to {write(options.name, machine, _parameters(options), levels)}")
     return 1 if any(level["errors"] for level in levels) else 0
 
 
