@@ -16,6 +16,7 @@ from consilium.local_stack import thread_environment
 from consilium.supervisor import Child, Ended, StopAsked, next_event, stop
 
 _GATEWAY_COLOUR = "green"
+_CACHE_COLOUR = "white"
 _WORKER_COLOURS = ("cyan", "magenta", "yellow", "blue", "red")
 # Beyond the time that a process is allowed for what it has accepted.
 _GRACE_SECONDS = 5.0
@@ -27,7 +28,7 @@ class StoppedAtStart(Exception):
 
 @dataclass(slots=True)
 class LocalProcesses:
-    """A gateway and its workers, and the one queue of what happens to them."""
+    """A gateway, its workers, perhaps a cache, and the one queue of what happens to them."""
 
     config: Config
     shared: list[str]  # arguments that workers and gateway have in common
@@ -37,6 +38,7 @@ class LocalProcesses:
     console: Console = field(default_factory=lambda: Console(stderr=True))
     workers: list[Child] = field(default_factory=list)
     gateway: Child | None = None
+    cache: Child | None = None
     closing: threading.Event = field(default_factory=threading.Event)
     not_ready: str = "the processes are starting"
 
@@ -48,6 +50,10 @@ class LocalProcesses:
     def start_gateway(self, command: Sequence[str], threads: int) -> None:
         """Start the gateway, and do not wait for it."""
         self.gateway = self._start("gateway", command, threads, _GATEWAY_COLOUR)
+
+    def start_cache(self, command: Sequence[str]) -> None:
+        """Start the cache's server. Nobody waits for it: without it the gateway computes what it does not find."""
+        self.cache = self._start("cache", command, 1, _CACHE_COLOUR)
 
     def event_at_start(self) -> object:
         """The next event. Raises ChildDied, DeadlineExceeded, and StoppedAtStart."""
@@ -61,16 +67,21 @@ class LocalProcesses:
         return event
 
     def stop(self) -> None:
-        """The gateway first, so that what it has accepted finds its workers; then the workers."""
+        """The gateway first, so that what it has accepted finds its workers; then the workers and the cache."""
         self.closing.set()
         gateway = [] if self.gateway is None else [self.gateway]
         if any(child.running for child in (*gateway, *self.workers)):
             self.console.print("stopping (Ctrl-C again does not wait for running requests)")
         hurried = stop(gateway, self.events, self.config.gateway.drain_timeout + _GRACE_SECONDS)
         stop(self.workers, self.events, 0.0 if hurried else self.config.worker.drain_timeout + _GRACE_SECONDS)
+        stop([] if self.cache is None else [self.cache], self.events, 0.0 if hurried else _GRACE_SECONDS)
 
     def _start(self, name: str, command: Sequence[str], threads: int, colour: str) -> Child:
         def show(line: str) -> None:
             self.console.print(Text.assemble((f"{name:<9}│ ", colour), line), soft_wrap=True)
 
-        return Child(name, command, thread_environment(threads), self.events, show)
+        environ = thread_environment(threads)
+        if name == "gateway" and self.config.cache is not None and self.config.cache.redis is not None:
+            # Not on the command line, which everyone on the machine can read: the URL may hold a password.
+            environ["CONSILIUM_CACHE__REDIS"] = self.config.cache.redis.get_secret_value()
+        return Child(name, command, environ, self.events, show)

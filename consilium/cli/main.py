@@ -17,8 +17,10 @@ from consilium.cli import up as up_command
 from consilium.cli import version as version_command
 from consilium.config import Quantization, RowDType
 from consilium.errors import ConsiliumError
-from consilium.units import parse_duration
+from consilium.units import format_size, parse_duration, parse_size
 
+# A Valkey without any key takes about 2 MiB.
+SMALLEST_CACHE = 8 * 2**20
 # What shells report for a program ended by Ctrl-C.
 INTERRUPTED = 130
 
@@ -79,6 +81,16 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     up.add_argument("--host", metavar="H", help="address that the gateway listens on (127.0.0.1)")
     up.add_argument("--port", type=int, metavar="P", help="port that the gateway listens on (8000); 0: any")
     up.add_argument("--config", metavar="FILE", help="YAML configuration")
+    cache = up.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache",
+        nargs="?",
+        type=_size,
+        const="1GiB",
+        metavar="SIZE",
+        help="keep expert outputs, in the gateway and in a Valkey of this size that belongs to the stack (1GiB)",
+    )
+    cache.add_argument("--redis", metavar="URL", help="the same in a Redis that runs already: redis://, unix://")
     up.add_argument("--threads", type=_positive, metavar="T", help="cores to use in all (every core)")
     up.add_argument(
         "--start-timeout", type=_duration, metavar="TIME", default=600.0, help="longest start, until ready (10m)"
@@ -121,6 +133,16 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
     return number
+
+
+def _size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if size < SMALLEST_CACHE:
+        raise argparse.ArgumentTypeError(f"at least {format_size(SMALLEST_CACHE)}, not {text}")
+    return size
 
 
 def _duration(text: str) -> float:

@@ -24,6 +24,7 @@ from consilium.cli.first_request import Answer, Gateway, how_to_ask
 from consilium.cli.local_processes import LocalProcesses, StoppedAtStart
 from consilium.config import Config, load_config
 from consilium.cores import usable_cores
+from consilium.embedded_cache import EmbeddedCache
 from consilium.errors import ConfigError
 from consilium.local_stack import LocalWorker, gateway_command, plan_workers, ranges, worker_command
 from consilium.model_config import ModelConfig
@@ -39,7 +40,16 @@ class _Ready:
 
 def up(options: argparse.Namespace) -> int:
     """Run a local stack until it is stopped. Raises ConfigError, CheckpointError, ChildDied, DeadlineExceeded."""
-    config = _load(options)
+    cache = EmbeddedCache(options.cache) if options.cache else None
+    try:
+        return _up(options, cache)
+    finally:
+        if cache is not None:
+            cache.remove()
+
+
+def _up(options: argparse.Namespace, cache: EmbeddedCache | None) -> int:
+    config = _load(options, cache)
     model = _model(config)
     cores = options.threads or usable_cores()
     workers = plan_workers(config, model.num_experts, options.workers, options.replicas, cores)
@@ -49,6 +59,8 @@ def up(options: argparse.Namespace) -> int:
     stack = LocalProcesses(config, shared, cores, time.monotonic() + options.start_timeout)
     with _signals(stack.events):
         try:
+            if cache is not None:
+                stack.start_cache(cache.command())
             gateway = _start(stack, workers)
             _introduce(stack, gateway, model, workers)
             return _watch(stack, gateway, options.demo)
@@ -58,7 +70,7 @@ def up(options: argparse.Namespace) -> int:
             stack.stop()
 
 
-def _load(options: argparse.Namespace) -> Config:
+def _load(options: argparse.Namespace, cache: EmbeddedCache | None) -> Config:
     overrides = {
         "model": options.model,
         "quantization": options.quantization,
@@ -66,6 +78,7 @@ def _load(options: argparse.Namespace) -> Config:
         "gateway.host": options.host,
         "gateway.port": options.port,
         "worker.metrics_port": 0 if options.metrics else None,
+        "cache.redis": options.redis if cache is None else cache.url,
     }
     return load_config(Path(options.config) if options.config else None, overrides=overrides)
 
@@ -143,10 +156,13 @@ def _introduce(stack: LocalProcesses, gateway: Gateway, model: ModelConfig, work
     """Print what is running and how to send a first request."""
     name = gateway.model_name()
     layers = len(model.expert_layers())
-    print(f"\n{name} is ready at {gateway.url}/v1")
-    print(f"{model.num_experts} experts in each of {layers} layers, {stack.config.quantization}, on", end=" ")
-    print(f"{len(workers)} workers: " + "; ".join(f"{w.name} ({w.group}) holds {ranges(w.experts)}" for w in workers))
-    print(f"\n{how_to_ask(gateway.url, name, gateway.api_key is not None)}\n", flush=True)
+    held = "; ".join(f"{worker.name} ({worker.group}) holds {ranges(worker.experts)}" for worker in workers)
+    shape = f"{model.num_experts} experts in each of {layers} layers, {stack.config.quantization}"
+    example = how_to_ask(gateway.url, name, gateway.api_key is not None)
+    # One call, so that no line of a log comes between.
+    print(
+        f"\n{name} is ready at {gateway.url}/v1\n{shape}, on {len(workers)} workers: {held}\n\n{example}\n", flush=True
+    )
     if stack.config.experts:
         stack.console.print("the endpoints under `experts:` were replaced by those of the local workers")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,3 +160,47 @@ def _named(pid: int, module: str) -> int:
         if words[1:3] == ["-m", module]:
             return child
     raise AssertionError(f"{pid} has no child that runs {module}")
+
+
+def test_up_with_a_cache_of_its_own(tiny_mixtral: Path) -> None:
+    """Rows go to a server of the stack; without it the stack goes on, and nothing of it is left at the end."""
+    arguments = ("--model", str(tiny_mixtral), "--port", "0", "--workers", "1", "--cache", "16MiB", "--no-demo")
+    with _up(*arguments) as process:
+        url = _read_until(process, "is ready at ").split("is ready at ")[1].split("/v1")[0]
+
+        def complete() -> dict[str, object]:
+            body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 3, "temperature": 0, "logprobs": 2}
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=SECONDS)
+            assert answer.status_code == 200, answer.text
+            choice: dict[str, object] = answer.json()["choices"][0]
+            return choice
+
+        written = re.compile(r"consilium_cache_written_rows_total\{.*\} [1-9]")
+        first = complete()
+        deadline = time.monotonic() + SECONDS
+        while not written.search(httpx.get(f"{url}/metrics").text):
+            assert time.monotonic() < deadline
+            assert complete() == first
+        (server,) = (each for each in _descendants(process.pid) if _program(each) == "valkey-server")
+        title = Path(f"/proc/{server}/cmdline").read_text()
+        socket_file = re.search(r"unixsocket:(\S+)", title.replace("\0", " "))
+        assert socket_file is not None, title
+        folder = Path(socket_file[1]).parent
+        assert folder.stat().st_mode & 0o077 == 0, "others can enter it"
+        os.kill(server, signal.SIGKILL)
+        assert complete() == first
+        watched = [os.pidfd_open(child) for child in _descendants(process.pid) if _program(child) != "valkey-server"]
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert "The rest goes on without it" in process.stdout.read()
+        assert process.wait() == 0
+        _wait_all_ended(watched)
+        assert not folder.exists()
+
+
+def _program(pid: int) -> str:
+    """Its name; empty where it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
