@@ -13,6 +13,9 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
+# Compiling every module ahead takes longer than compiling those that are used, when they first are.
+install() { pip install -qq --no-compile "$@"; }
+
 find_python() {
     local name
     for name in ${PYTHON:-python3 python3.11 python3.12 python3.13}; do
@@ -35,18 +38,18 @@ has_nvidia_driver() { [ -e /proc/driver/nvidia/version ] || command -v nvidia-sm
 install_torch() {
     if [ -n "${TORCH:-}" ]; then
         step "installing $TORCH"
-        pip install -qq $TORCH # several words are allowed: an index, a second package
+        install $TORCH # several words are allowed: an index, a second package
     elif .venv/bin/python -c 'import torch' 2>/dev/null; then
         step "torch is there already"
     elif has_nvidia_driver; then
         step "installing $DEFAULT_TORCH for CUDA: an NVIDIA driver was found (several GB)"
-        pip install -qq "$DEFAULT_TORCH"
+        install "$DEFAULT_TORCH"
     else
         step "installing $DEFAULT_TORCH for CPUs: no NVIDIA driver was found (about 200 MB)"
         # Asked once: behind a mirror of the package index, PyTorch's own is often out of reach.
-        if ! pip install -qq --index-url "$CPU_INDEX" --timeout 10 --retries 0 "$DEFAULT_TORCH" 2>/dev/null; then
+        if ! install --index-url "$CPU_INDEX" --timeout 10 --retries 0 "$DEFAULT_TORCH" 2>/dev/null; then
             step "$CPU_INDEX could not be used; installing from the package index (may be the larger CUDA build)"
-            pip install -qq "$DEFAULT_TORCH"
+            install "$DEFAULT_TORCH"
         fi
     fi
 }
@@ -54,5 +57,5 @@ install_torch() {
 make_venv
 install_torch
 step "installing Consilium and its tools"
-pip install -qq --editable '.[test]'
+install --editable '.[test]'
 step "ready: .venv/bin/consilium"

@@ -98,7 +98,7 @@ def how_to_ask(url: str, model: str, needs_key: bool) -> str:
     key_header = ' -H "Authorization: Bearer $API_KEY"' if needs_key else ""
     key = 'os.environ["API_KEY"]' if needs_key else '"none"'
     messages = json.dumps([{"role": "user", "content": QUESTION}])
-    body = shlex.quote(f'{{"model": {json.dumps(model)}, "messages": {messages}}}')
+    body = shlex.quote(f'{{"model": {json.dumps(model)}, "temperature": 0, "messages": {messages}}}')
     return f"""\
 curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key_header} \\
   -d {body}
@@ -106,5 +106,5 @@ curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key_header} \
 {"import os" + chr(10) if needs_key else ""}from openai import OpenAI  # pip install openai
 client = OpenAI(base_url="{url}/v1", api_key={key})
 messages = {messages}
-answer = client.chat.completions.create(model={json.dumps(model)}, messages=messages)
+answer = client.chat.completions.create(model={json.dumps(model)}, temperature=0, messages=messages)
 print(answer.choices[0].message.content)"""
