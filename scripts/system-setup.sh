@@ -47,7 +47,29 @@ name, _, wanted = sys.argv[1].partition("=="); sys.exit(version(name) != wanted)
     done
 }
 
+# A Redis server that speaks TLS, for test_redis.py.
+setup_redis() {
+    command -v redis-server >/dev/null || apt_install redis-server
+    command -v openssl >/dev/null || apt_install openssl
+}
+
+# The torch that deploy/Dockerfile asks for, into build/wheels, where image builds cannot get it (test_compose.py).
+setup_torch_wheel() {
+    local torch index
+    torch=$(sed -n 's/^ARG TORCH=//p' deploy/Dockerfile)
+    index=$(sed -n 's/^ARG TORCH_INDEX=//p' deploy/Dockerfile)
+    compgen -G "build/wheels/${torch/==/-}*.whl" >/dev/null && return
+    rm -rf build/wheels
+    .venv/bin/python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)' \
+        "$index/torch/" 2>/dev/null && return
+    step "pip download $torch into build/wheels, as $index is out of reach"
+    .venv/bin/python -m pip --disable-pip-version-check download -qq --no-deps --only-binary :all: \
+        --python-version 3.11 --dest build/wheels "$torch"
+}
+
 setup_prometheus
 setup_grafana_types
 setup_kubernetes
+setup_redis
+setup_torch_wheel
 step "ready"

@@ -46,6 +46,11 @@ class RemoteCache:
         self._reading = False
         self._backlog = 0
 
+    @property
+    def running(self) -> bool:
+        """Whether the I/O thread serves it."""
+        return self._loop is not None
+
     # -- the engine's side ---------------------------------------------------------------------------------------
 
     async def fetch(self, keys: Sequence[bytes]) -> Rows:
