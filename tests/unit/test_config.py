@@ -205,7 +205,10 @@ def test_what_is_written_out_loads_again_without_secrets(load: Load) -> None:
 @pytest.mark.parametrize(
     "text",
     ["gateway: {api_keys: hush}", "gateway: {api_keys: [{k: hush}]}", "gateway: {api_keys: [hush, 5], prot: hush}",
-     "gateway: [hush]", "gateway: {api_keys: [hush]", "gateway:\n  api_keys: hush: x\n"],
+     "gateway: [hush]", "gateway: {api_keys: [hush]", "gateway:\n  api_keys: hush: x\n",
+     "cache: 'redis://:hush@there'", "cache: {redis: 'http://:hush@there'}", "cache: {redis: [hush]}",
+     "cache: {redis: 'redis://:hush@there:70000'}", "cache: {redis: 'redis://[:hush'}", "cache: {salt: [hush]}",
+     "cache: {redis: 'unix://hush'}", "{cache: {redis: 'redis://:hush@there'}, quantization: none}"],
 )  # fmt: skip
 def test_no_error_quotes_a_secret(load: Load, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -222,3 +225,34 @@ def test_the_json_schema_describes_units(mode: str) -> None:
     assert "most time" in timeout["description"]
     assert "MiB" in schema["$defs"]["GatewayConfig"]["properties"]["kv_cache_memory"]["anyOf"][1]["pattern"]
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("url", ["redis://there:6379/0", "rediss://me:hush@there", "unix:///run/redis.sock?db=1"])
+def test_a_cache_is_there_where_it_is_configured(load: Load, url: str) -> None:
+    assert load("").cache is None
+    assert load("cache:\n").cache is None
+    cache = load(f"cache: {{redis: '{url}', salt: hush, timeout: 20ms, ttl: 1h}}").cache
+    assert cache is not None
+    assert cache.redis is not None
+    assert cache.redis.get_secret_value() == url
+    assert (cache.memory, cache.timeout, cache.ttl) == (256 * 2**20, 0.02, 3600.0)
+    assert "hush" not in repr(cache) + json.dumps(cache.model_dump(mode="json"))
+    by_environment = load_config(None, {"CONSILIUM_CACHE__REDIS": url, "CONSILIUM_CACHE": "/a/folder"}).cache
+    assert by_environment is not None
+    assert by_environment.redis == cache.redis
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{cache: {}, quantization: none}", "cache: works with `quantization: int8` only"),
+        ("cache: {memory: 0}", "cache: keeps nothing"),
+        ("cache: {redis: 'there:6379'}", "cache.redis: write redis://HOST:PORT"),
+        ("cache: {timeout: 2s}", "cache.timeout: Input should be less than or equal to 1"),
+        ("cache: {tme: 1}", "unknown key 'cache.tme': did you mean 'timeout'?"),
+    ],
+)
+def test_a_cache_that_cannot_be(load: Load, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert caught.value.message.startswith(message)
