@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,8 +15,14 @@ TIE = 1e-3
 class Oracle:
     """A checkpoint as transformers runs it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    def __init__(self, model: Any) -> None:
+        """``model`` is a causal language model of transformers, in float32."""
+        self._model = model
+
+    @classmethod
+    def load(cls, folder: Path) -> Oracle:
+        """The checkpoint in ``folder``."""
+        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
 
     @torch.inference_mode()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:

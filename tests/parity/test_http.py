@@ -5,19 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.parity.oracle import Oracle
+from tests.parity.served import Served
 from tests.stack import stack
 from tests.tiny_models import save_mixtral, save_qwen3_moe
 
 VOCABULARY = 384
-NEW_TOKENS = 12
 
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixtral": (save_mixtral, {}),
@@ -32,38 +30,11 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Served:
-    """A running stack and what transformers makes of the same folder."""
-
-    url: str
-    oracle: Oracle
-
-    def complete(self, prompt: list[int], **options: Any) -> dict[str, Any]:
-        body = {"model": "tiny", "prompt": prompt, "temperature": 0, **options}
-        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
-        assert response.status_code == 200, response.text
-        choice: dict[str, Any] = response.json()["choices"][0]
-        return choice
-
-    def check_prompt(self, prompt: list[int]) -> None:
-        reported = self.complete(prompt, max_tokens=0, echo=True, logprobs=1)["logprobs"]["token_logprobs"]
-        assert reported[0] is None
-        assert reported[1:] == pytest.approx(self.oracle.prompt_logprobs(prompt), abs=1e-4)
-
-    def check_continuation(self, prompt: list[int]) -> None:
-        options = {"max_tokens": NEW_TOKENS, "logprobs": 0, "ignore_eos": True, "return_tokens_as_token_ids": True}
-        tokens = self.complete(prompt, **options)["logprobs"]["tokens"]
-        continuation = [int(token.removeprefix("token_id:")) for token in tokens]
-        assert len(continuation) == NEW_TOKENS
-        self.oracle.assert_greedy(prompt, continuation)
-
-
 @pytest.fixture(scope="module", params=SHAPES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
     save, overrides = SHAPES[request.param]
     folder = save(tmp_path_factory.mktemp(request.param) / "tiny", **overrides)
-    return folder, Oracle(folder)
+    return folder, Oracle.load(folder)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda count: f"{count}-workers")
