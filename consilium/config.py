@@ -22,7 +22,6 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from consilium.config_sources import assign, read_environment, read_yaml
@@ -130,12 +129,6 @@ class CacheConfig(Section):
             if url.scheme not in ("redis", "rediss", "unix") or not place or url.port == 0:  # .port checks itself
                 raise ValueError("write redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH")
         return value
-
-    @model_validator(mode="after")
-    def _keep_something(self) -> CacheConfig:
-        if self.redis is None and not self.memory:
-            raise ValueError("keeps nothing: give it `memory:` or `redis:`, or leave `cache:` out")
-        return self
 
 
 class LogConfig(Section):

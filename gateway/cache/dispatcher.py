@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from consilium.config import CacheConfig
+from consilium.errors import ConfigError
 from gateway.batches import ExpertBatches, keep_pairs
 from gateway.cache.keys import RowKeys
 from gateway.cache.memory import MemoryCache
@@ -30,7 +31,9 @@ Found = dict[int, bytes]  # rows by their pair
 def make_cache(
     config: CacheConfig, inner: ExpertSource, dtype: torch.dtype, hidden_size: int, mailbox: Mailbox
 ) -> CachedDispatcher:
-    """The configured cache before ``inner``. Raises ConfigError for a Redis URL that cannot be used."""
+    """The configured cache before ``inner``. Raises ConfigError where it keeps nothing, or the URL cannot be used."""
+    if config.redis is None and not config.memory:
+        raise ConfigError("cache: keeps nothing: give it `memory:` or `redis:`, or leave `cache:` out")
     salt, meter = config.salt.get_secret_value(), CacheMeter()
     remote = None
     if config.redis is not None:

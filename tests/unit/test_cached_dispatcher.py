@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from consilium.errors import ExpertUnavailable
+from consilium.config import CacheConfig
+from consilium.errors import ConfigError, ExpertUnavailable
 from consilium.gate import softmax_top_k
 from consilium.quantization import quantize_rows
 from gateway.batches import ExpertBatches, group_by_expert, keep_pairs
-from gateway.cache.dispatcher import CachedDispatcher
+from gateway.cache.dispatcher import CachedDispatcher, make_cache
 from gateway.cache.memory import MemoryCache
 from gateway.cache.meter import CacheMeter
+from gateway.mailbox import Mailbox
 from gateway.placement import ExpertIdentity
 
 EXPERTS, TOP_K, HIDDEN = 5, 2, 4
@@ -189,3 +191,8 @@ def test_only_int8_rows_have_keys() -> None:
     batches = group_by_expert(x, None, softmax_top_k(torch.randn(2, EXPERTS), TOP_K, normalize=True))
     with pytest.raises(TypeError, match="int8"):
         run(cached(Experts()).dispatch(0, batches))
+
+
+def test_a_cache_that_keeps_nothing_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match="keeps nothing"):
+        make_cache(CacheConfig(memory=0), Experts(), torch.float32, HIDDEN, Mailbox(lambda _: None))

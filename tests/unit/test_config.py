@@ -246,7 +246,6 @@ def test_a_cache_is_there_where_it_is_configured(load: Load, url: str) -> None:
     ("text", "message"),
     [
         ("{cache: {}, quantization: none}", "cache: works with `quantization: int8` only"),
-        ("cache: {memory: 0}", "cache: keeps nothing"),
         ("cache: {redis: 'there:6379'}", "cache.redis: write redis://HOST:PORT"),
         ("cache: {timeout: 2s}", "cache.timeout: Input should be less than or equal to 1"),
         ("cache: {tme: 1}", "unknown key 'cache.tme': did you mean 'timeout'?"),
