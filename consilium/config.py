@@ -62,12 +62,19 @@ class GatewayConfig(Section):
     max_running: int = Field(64, ge=1, le=4096, description="most sequences in one step")
     max_waiting: int = Field(256, ge=0, le=65536, description="most sequences queued; more are answered with 429")
     max_model_len: int | None = Field(None, ge=1, description="most tokens of prompt and completion together")
-    max_step_tokens: int = Field(512, ge=1, le=65536, description="most tokens computed in one step")
+    max_step_tokens: int = Field(512, ge=1, le=8192, description="most tokens computed in one step")
     kv_cache_memory: Size = Field(2 * 2**30, ge=2**20, description="memory for keys and values")
     layer_timeout: Duration = Field(60.0, gt=0, description="most time a layer waits for its experts, with retries")
     threads: int | None = Field(None, ge=1, description="compute threads of the engine; all cores by default")
     metrics_all_experts: bool = Field(False, description="a series for every (layer, expert), not for 20 and the rest")
     drain_timeout: Duration = Field(30.0, ge=0, description="how long running requests may go on after SIGTERM")
+
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(key.get_secret_value().strip() for key in keys):
+            raise ValueError("a key is empty: is a variable not set? Leave the list empty to ask for no key")
+        return keys
 
 
 class ExpertGroupConfig(Section):

@@ -48,7 +48,9 @@ def channel_options(max_frame: int = DEFAULT_MAX_FRAME) -> Options:
 
     Every channel gets a connection of its own: by default gRPC lets channels to one target share one.
     """
-    return [*_message_sizes(max_frame), *_KEEPALIVE, ("grpc.use_local_subchannel_pool", 1)]
+    own_connection = [("grpc.use_local_subchannel_pool", 1)]
+    # Workers are on the private network, often on this machine: an http_proxy is not meant for them.
+    return [*_message_sizes(max_frame), *_KEEPALIVE, *own_connection, ("grpc.enable_http_proxy", 0)]
 
 
 def server_options(max_frame: int = DEFAULT_MAX_FRAME) -> Options:

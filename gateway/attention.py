@@ -6,7 +6,6 @@ Letters: T rows of the step, D hidden size, H query heads, Hkv key-value heads, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as nn
@@ -25,6 +24,13 @@ class Segment:
     row: int  # first row in the step
     length: int
     position: int  # of the first row in its sequence
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window; the layers of a step share them
+
+    def mask(self, first: int, window: int | None) -> Tensor:
+        """[n, S] whether each query sees the key at position first + j."""
+        if window not in self.masks:
+            self.masks[window] = _causal_mask(self.position, self.position + self.length, first, window)
+        return self.masks[window]
 
 
 @dataclass(slots=True)
@@ -95,13 +101,12 @@ class Attention:
         if segment.length == 1:  # the heads of one group are as good as so many query rows: nothing is expanded
             groups = q.view(1, self._kv_heads, -1, self._head_dim)  # [1, Hkv, H / Hkv, d]
             return nn.scaled_dot_product_attention(groups, keys, values).view(1, self._heads, self._head_dim)
-        mask = _causal_mask(start, stop, first, self._window)
+        mask = segment.mask(first, self._window)
         queries = q.transpose(0, 1)[None]  # [1, H, n, d]
         out = nn.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         return out[0].transpose(0, 1)
 
 
-@lru_cache(maxsize=64)  # the layers of one step ask for the same few masks
 def _causal_mask(start: int, stop: int, first: int, window: int | None) -> Tensor:
     """[n, S] whether the query at position start + i sees the key at position first + j."""
     query = torch.arange(start, stop)[:, None]

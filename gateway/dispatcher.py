@@ -5,6 +5,7 @@ Letters: T tokens of the step, D hidden size, K experts per token, P pairs of on
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable
+from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, InvalidRequest
 from consilium.frames import Frame, decode_result
 from gateway.batches import ExpertBatches
 from gateway.expert_meter import ExpertMeter
@@ -23,6 +24,8 @@ from gateway.mailbox import Completion
 from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
 from gateway.placement import Placement, assign
 from protos.expert.v1 import expert_pb2
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ class Dispatcher:
                     self._expert_calls.setdefault(worker.address, []).append(batches.counts[positions])
                 except ConsiliumError as error:
                     self._count(worker, failures=1)
+                    if isinstance(error, InvalidRequest):  # of this gateway, not of its client
+                        error = ConsiliumError(f"a worker refused a frame of this gateway: {error.message}")
                     if error.retryable:
                         excluded[worker.address] = error
                         wanted += positions
@@ -176,8 +181,11 @@ def build_frame(layer: int, batches: ExpertBatches, positions: list[int]) -> tup
 
 
 def _unavailable(layer: int, expert: int, excluded: Mapping[str, ConsiliumError]) -> ConsiliumError:
-    tried = "; ".join(f"{address}: {error.message}" for address, error in excluded.items())
-    message = f"expert {expert} of layer {layer} is unavailable: " + (tried or "no worker that holds it is connected")
+    # Clients get no addresses; they are in the log, and on /load.
+    for address, error in excluded.items():
+        log.warning("expert %d of layer %d: %s: %s", expert, layer, address, error.message)
+    reason = "; ".join(sorted({error.message for error in excluded.values()})) or "no worker that holds it is connected"
+    message = f"expert {expert} of layer {layer} is unavailable: {reason}"
     if excluded and all(isinstance(error, DeadlineExceeded) for error in excluded.values()):
         return DeadlineExceeded(message)
     return ExpertUnavailable(message)

@@ -7,6 +7,7 @@ asyncio for the socket's incoming messages and for the workers' connections.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import signal
 import socket
@@ -19,7 +20,8 @@ import torch
 
 from consilium.checkpoint import Checkpoint
 from consilium.config import Config
-from consilium.errors import ConsiliumError
+from consilium.errors import ConfigError, ConsiliumError
+from consilium.model_config import ModelConfig
 from consilium.models import resolve_model
 from consilium.telemetry import setup_logging
 from consilium.wire import ROW_DTYPES, WIRE_DTYPES
@@ -28,11 +30,11 @@ from gateway.engine import Engine
 from gateway.expert_meter import ExpertMeter
 from gateway.kv_cache import KVPool
 from gateway.mailbox import Mailbox
-from gateway.messages import LENGTH_BYTES, Abort, Generate, Status, ToHttp, pack, unpack
+from gateway.messages import LENGTH_BYTES, Abort, Generate, Status, ToHttp, WorkerStatus, pack, unpack
 from gateway.model import Model
 from gateway.placement import describe_missing
 from gateway.scheduler import Scheduler
-from gateway.worker_connection import Expectations
+from gateway.worker_connection import REFUSED, Expectations
 from gateway.worker_pool import View, WorkerPool
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PR_SET_THP_DISABLE = 41
 SEND_TIMEOUT = 60.0  # seconds that the HTTP process may read nothing before it counts as gone
 
 
@@ -58,6 +61,7 @@ class EngineProcess:
         self._config = config
         self._checkpoint = Checkpoint(resolve_model(config.model))
         dtype = ROW_DTYPES[config.dtype]
+        _check_deployment(config, self._checkpoint.config)
         self._mailbox = Mailbox(self._handle)
         self._meter = ExpertMeter(self._checkpoint.config)
         self._dispatcher = Dispatcher(dtype, config.gateway.layer_timeout, self._meter)
@@ -126,14 +130,14 @@ class EngineProcess:
         missing = view.placement.missing(self._checkpoint.config)
         status = Status(
             ready=not missing,
-            detail=describe_missing(missing) if missing else "ready",
+            detail=_explain(missing, view.statuses) if missing else "ready",
             workers=view.statuses,
             kv_tokens_total=self._engine.scheduler.pool.total_tokens,
             missing_experts=len(missing),
         )
         if status != self._status:
-            self._status = status
-            log.info("%s", status.detail)
+            was_ready, self._status = self._status is not None and self._status.ready, status
+            log.log(logging.WARNING if was_ready else logging.INFO, "%s", status.detail)
             self._send(status)
 
     def _send(self, message: ToHttp) -> None:
@@ -179,6 +183,25 @@ class EngineProcess:
             return
 
 
+def _explain(missing: list[tuple[int, int]], workers: list[WorkerStatus]) -> str:
+    """Which experts nobody holds, and why the first worker that was refused is not used."""
+    wrong = next((each for each in workers if each.detail.startswith(REFUSED)), None)
+    return describe_missing(missing) + (f" (group {wrong.group}: {wrong.detail})" if wrong else "")
+
+
+def _check_deployment(config: Config, model: ModelConfig) -> None:
+    """Raises ConfigError for what would otherwise fail with the first request, or never become ready."""
+    if not config.experts and model.expert_layers():
+        raise ConfigError("experts: no group is configured; name at least one with its endpoint, grpc://HOST:PORT")
+    row = model.hidden_size * ROW_DTYPES[config.dtype].itemsize
+    most = config.worker.max_frame // (row * model.top_k)
+    if config.gateway.max_step_tokens > most:  # when one worker holds all the experts of a step's tokens
+        raise ConfigError(
+            f"gateway.max_step_tokens: the outputs of {config.gateway.max_step_tokens} tokens may pass "
+            f"worker.max_frame; use at most {most}, or raise worker.max_frame here and in every worker"
+        )
+
+
 def read_config(link: socket.socket) -> Config:
     """The first frame on the socket. Raises EOFError when the other side is gone."""
     length = int.from_bytes(_read_exactly(link, LENGTH_BYTES), "little")
@@ -195,8 +218,15 @@ def _read_exactly(link: socket.socket, length: int) -> bytes:
     return received
 
 
+def _commit_small_pages() -> None:
+    """Keep the kernel from committing 2 MiB at the first touch: a short sequence would take its whole room."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a kernel without huge pages refuses, and needs none
+
+
 def main(argv: list[str]) -> int:
     """`python -m gateway.engine_process FD`."""
+    _commit_small_pages()
     # Ctrl-C reaches the whole terminal group: the HTTP process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -44,6 +44,8 @@ class Generation:
             batch: list[News] = []
             failure: ConsiliumError | None = None
             for each in arrived:
+                if self._is_over(each):
+                    continue
                 failure = failure or _failure(each)
                 if failure is None and isinstance(each, Output):
                     batch.append(self._note(each))
@@ -62,6 +64,10 @@ class Generation:
 
     def fail(self, error: ConsiliumError) -> None:
         self._news.put_nowait(error)
+
+    def _is_over(self, news: Output | ConsiliumError) -> bool:
+        """Whether it is news of a choice that a stop string has ended for the client."""
+        return isinstance(news, Output) and self._positions[news.id] not in self._unfinished
 
     def _note(self, output: Output) -> News:
         position = self._positions[output.id]

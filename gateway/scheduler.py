@@ -30,7 +30,7 @@ class Scheduler:
         self.pool = pool
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
-        self._preemptions = 0
+        self._preemptions, self._turn = 0, 0
         self._max_running, self._max_step_tokens = max_running, max_step_tokens
 
     def add(self, sequence: Sequence) -> None:
@@ -68,13 +68,16 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """The work of the next step; empty when nothing can run."""
         budget = self._max_step_tokens
+        self._turn += 1
         work: list[Work] = []
         # Generating sequences before prompts, so that a long prompt delays nobody's next token by more than a chunk.
-        for sequence in sorted(self.running, key=lambda each: each.uncomputed > 1):
+        # Among those, whoever was longest without: the budget may be smaller than their number.
+        for sequence in sorted(self.running, key=_urgency):
             length = min(sequence.uncomputed, budget)
             if length and sequence in self.running and self._grow(sequence, sequence.computed + length):
                 work.append(Work(sequence, length))
                 budget -= length
+                sequence.turn = self._turn
         work = [each for each in work if each.sequence.cache is not None]  # without those preempted meanwhile
         while budget and self.waiting and len(self.running) < self._max_running:
             sequence = self.waiting[0]
@@ -87,6 +90,7 @@ class Scheduler:
             sequence.cache = self.pool.allocate(len(sequence.tokens), sequence.capacity)
             work.append(Work(sequence, length))
             budget -= length
+            sequence.turn = self._turn
         return work
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
@@ -106,3 +110,9 @@ class Scheduler:
         if sequence.cache is not None:
             self.pool.free(sequence.cache)
             sequence.cache = None
+
+
+def _urgency(sequence: Sequence) -> tuple[bool, int]:
+    """Prompts in the order they came, generating sequences by the last step they were part of."""
+    generating = sequence.uncomputed == 1
+    return (not generating, sequence.turn if generating else 0)

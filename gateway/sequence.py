@@ -21,6 +21,7 @@ class Sequence:
     prompt_length: int
     computed: int = 0  # tokens whose keys and values are in the cache
     cache: KVCache | None = None
+    turn: int = 0  # the last step it was part of
     prompt_reported: int = 1  # prompt tokens whose log-probabilities were sent; the first has none
     finish_reason: FinishReason | None = None
     stop_reason: str | None = None

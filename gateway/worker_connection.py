@@ -19,6 +19,7 @@ from consilium.config import ExpertGroupConfig
 from consilium.errors import ConfigError, ConsiliumError, ExpertUnavailable
 from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
 from consilium.rpc import channel_options, from_call_error, from_rpc_error
+from consilium.wire import TORCH_DTYPES
 from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # the class takes no parameters at run time
 
 log = logging.getLogger(__name__)
 
+REFUSED = "not used: "  # begins the detail of a worker that answers but does not fit
 DESCRIBE_TIMEOUT = 5.0  # seconds
 FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0  # seconds between attempts to connect
 
@@ -48,11 +50,15 @@ class Expectations:
             ("protocol version", PROTOCOL_VERSION, description.protocol_version),
             ("model fingerprint", self.model_fingerprint[:16], description.model_fingerprint[:16]),
             ("quantization", self.quantization, description.quantization),
-            ("row dtype", self.row_dtype, description.row_dtype),
+            ("dtype", _dtype_name(self.row_dtype), _dtype_name(description.row_dtype)),
             ("hidden size", self.hidden_size, description.hidden_size),
         ):
             if ours != theirs:
-                raise ConfigError(f"not used: its {what} is {theirs}, this gateway's is {ours}")
+                raise ConfigError(f"{REFUSED}its {what} is {theirs}, this gateway's is {ours}; start both alike")
+
+
+def _dtype_name(code: tensor_pb2.Dtype.ValueType) -> str:
+    return str(TORCH_DTYPES.get(code, code)).removeprefix("torch.")
 
 
 @dataclass(slots=True)
@@ -113,7 +119,7 @@ class WorkerConnection:
 
     async def run(self) -> None:
         """Keep a session open until cancelled."""
-        backoff = FIRST_BACKOFF
+        backoff, reported = FIRST_BACKOFF, ""
         while True:
             started = time.monotonic()
             try:
@@ -125,7 +131,9 @@ class WorkerConnection:
                 self.detail = from_rpc_error(error).message
             finally:
                 self._end_session()
-            log.warning("worker %s of group %s: %s", self.address, self.group, self.detail)
+            if self.detail != reported:  # not the same again at every attempt
+                log.warning("worker %s of group %s: %s", self.address, self.group, self.detail)
+                reported = self.detail
             lasted = time.monotonic() - started > LAST_BACKOFF
             backoff = FIRST_BACKOFF if lasted else min(backoff * 2, LAST_BACKOFF)
             await asyncio.sleep(backoff)

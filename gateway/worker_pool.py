@@ -16,7 +16,7 @@ from consilium.model_config import ModelConfig
 from gateway.mailbox import Mailbox
 from gateway.messages import WorkerStatus
 from gateway.placement import ExpertIdentity, Placement, build_placement
-from gateway.worker_connection import Expectations, WorkerConnection
+from gateway.worker_connection import REFUSED, Expectations, WorkerConnection
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class WorkerPool:
         self._expectations, self._mailbox = expectations, mailbox
         self._connections: dict[str, WorkerConnection] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._named_by: dict[str, set[str]] = {}  # the endpoints that resolve to each address
         self._unresolved: dict[str, WorkerStatus] = {}
 
     async def run(self) -> None:
@@ -80,9 +81,9 @@ class WorkerPool:
             else:
                 self._unresolved.pop(endpoint, None)
                 for address in sorted(found - known):
-                    self._open(group, config, address)
+                    self._open(group, config, endpoint, address)
                 for address in known - found:
-                    await self._close(address)
+                    await self._close(endpoint, address)
                 known = found
             await asyncio.sleep(RESOLVE_INTERVAL)
 
@@ -94,15 +95,22 @@ class WorkerPool:
             hosts = {each for each in hosts if each[0] == socket.AF_INET}
         return {f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}" for family, host in hosts}
 
-    def _open(self, group: str, config: ExpertGroupConfig, address: str) -> None:
-        if address not in self._connections:
+    def _open(self, group: str, config: ExpertGroupConfig, endpoint: str, address: str) -> None:
+        self._named_by.setdefault(address, set()).add(endpoint)
+        if address in self._connections:
+            first = self._connections[address].group
+            log.warning("%s is %s, which group %s names too: that group's limits hold", endpoint, address, first)
+        else:
             connection = WorkerConnection(
                 group, address, config, self._max_frame, self._expectations, self._mailbox, self._publish
             )
             self._connections[address] = connection
             self._tasks[address] = asyncio.ensure_future(connection.run())
 
-    async def _close(self, address: str) -> None:
+    async def _close(self, endpoint: str, address: str) -> None:
+        self._named_by[address].discard(endpoint)
+        if self._named_by[address]:
+            return
         task = self._tasks.pop(address)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -119,7 +127,7 @@ class WorkerPool:
             experts = _held_experts(connection, self._model)
             odd = next((each for each, digest in experts.items() if hashes.get(each, digest) != digest), None)
             if odd is not None:
-                details[address] = f"not used: its weights of expert {odd[1]} of layer {odd[0]} differ from a replica's"
+                details[address] = f"{REFUSED}its weights of expert {odd[1]} of layer {odd[0]} differ from a replica's"
                 del usable[address]
                 continue
             hashes.update(experts)

@@ -1,6 +1,9 @@
 """The cache before the dispatcher: what is known is filled in, only the rest is sent to workers, and then kept.
 
-Letters: T tokens of the step, D hidden size, K experts per token, P (token, expert) pairs.
+An entry is one token's row at one layer with the outputs of all its experts. An entry for each of the experts would be
+found in the same cases, as the row decides its experts, and cost K times the keys, lookups and commands.
+
+Letters: T tokens of the step, D hidden size, K experts per token, n rows among them.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from torch import Tensor
 
 from consilium.config import CacheConfig
 from consilium.errors import ConfigError
-from gateway.batches import ExpertBatches, keep_pairs
-from gateway.cache.keys import RowKeys
+from consilium.model_config import ModelConfig
+from gateway.batches import ExpertBatches, keep_tokens
+from gateway.cache.keys import RowKeys, redis_names
 from gateway.cache.memory import MemoryCache
 from gateway.cache.meter import CacheMeter
 from gateway.cache.remote import RemoteCache
@@ -25,21 +29,20 @@ from gateway.mailbox import Mailbox
 from gateway.messages import CacheStats
 from gateway.placement import ExpertIdentity
 
-Found = dict[int, bytes]  # rows by their pair
-
 
 def make_cache(
-    config: CacheConfig, inner: ExpertSource, dtype: torch.dtype, hidden_size: int, mailbox: Mailbox
+    config: CacheConfig, inner: ExpertSource, dtype: torch.dtype, model: ModelConfig, mailbox: Mailbox
 ) -> CachedDispatcher:
     """The configured cache before ``inner``. Raises ConfigError where it keeps nothing, or the URL cannot be used."""
     if config.redis is None and not config.memory:
         raise ConfigError("cache: keeps nothing: give it `memory:` or `redis:`, or leave `cache:` out")
     salt, meter = config.salt.get_secret_value(), CacheMeter()
+    memory = MemoryCache(config.memory, dtype, model.top_k, model.hidden_size)
     remote = None
     if config.redis is not None:
-        codec = RowCodec(dtype, hidden_size, salt)
+        codec = RowCodec(dtype, model.top_k, model.hidden_size, salt)
         remote = RemoteCache(config, config.redis.get_secret_value(), codec, mailbox, meter)
-    return CachedDispatcher(inner, MemoryCache(config.memory), remote, meter, dtype, salt)
+    return CachedDispatcher(inner, memory, remote, meter, dtype, salt)
 
 
 class CachedDispatcher:
@@ -66,18 +69,23 @@ class CachedDispatcher:
 
     async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
         """As the dispatcher's; failed rows are not kept."""
-        makes_keys = self._keys
-        keys = makes_keys.of_pairs(layer, batches)
-        found = self._recall(keys)
+        makes_keys, started = self._keys, time.perf_counter()
+        keys = makes_keys.of_rows(layer, batches)
+        found, rows = self._memory.find(keys)  # [n, K, D]
+        self._meter.looked_up("memory", len(found), len(keys) - len(found), time.perf_counter() - started)
+        missing = np.ones(len(keys), dtype=np.bool_)  # [T]
+        missing[found] = False
         if self.remote is not None:
-            found |= await self._fetch(self.remote, [(p, key) for p, key in enumerate(keys) if key and p not in found])
-        missing = np.ones(len(keys), dtype=np.bool_)
-        missing[list(found)] = False
-        outputs, failures = await self._inner.dispatch(layer, keep_pairs(batches, missing))
+            wanted = {row: key for row in np.flatnonzero(missing).tolist() if (key := keys[row]) is not None}
+            shared, shared_rows = await self._fetch(self.remote, layer, wanted)
+            missing[shared] = False
+            found, rows = found + shared, torch.cat([rows, shared_rows])
+        outputs, failures = await self._inner.dispatch(layer, keep_tokens(batches, missing))
+        by_token = outputs.view(len(keys), -1, outputs.shape[1])  # [T, K, D]
         if self._keys is makes_keys:  # else other weights may have come meanwhile, and computed some of these rows
-            self._keep(batches, np.flatnonzero(missing), keys, outputs, failures)
-        if found:
-            outputs[batches.slots[list(found)]] = self._decode(list(found.values()))
+            computed = {row: key for row in np.flatnonzero(missing).tolist() if (key := keys[row]) is not None}
+            self._keep(layer, {row: key for row, key in computed.items() if row not in failures}, by_token)
+        by_token[found] = rows.float()
         return outputs, failures
 
     def due_in(self) -> float | None:
@@ -96,51 +104,31 @@ class CachedDispatcher:
                 stats.breakers = {name: breaker.state for name, breaker in self.remote.breakers.items()}
         return stats
 
-    def _recall(self, keys: Sequence[bytes | None]) -> Found:
+    async def _fetch(self, remote: RemoteCache, layer: int, wanted: Mapping[int, bytes]) -> tuple[list[int], Tensor]:
+        """Which of the ``wanted`` rows Redis holds, and the rows [n, K, D]; they are now in memory, too."""
         started = time.perf_counter()
-        found = {p: row for p, key in enumerate(keys) if key and (row := self._memory.get(key)) is not None}
-        self._meter.looked_up("memory", len(found), len(keys) - len(found), time.perf_counter() - started)
-        return found
+        values = await remote.fetch(redis_names(layer, list(wanted.values()))) if wanted else []
+        found = {row: value for row, value in zip(wanted, values, strict=True) if value is not None}
+        rows = self._decode(list(found.values()))
+        if found:
+            self._memory.put([wanted[row] for row in found], rows)
+        if wanted:
+            self._meter.looked_up("redis", len(found), len(wanted) - len(found), time.perf_counter() - started)
+        return list(found), rows
 
-    async def _fetch(self, remote: RemoteCache, wanted: Sequence[tuple[int, bytes]]) -> Found:
-        if not wanted:
-            return {}
-        started = time.perf_counter()
-        rows = await remote.fetch([key for _, key in wanted])
-        found: Found = {}
-        for (pair, key), row in zip(wanted, rows, strict=True):
-            if row is not None:
-                found[pair] = row
-                self._memory.put(key, row)
-        self._meter.looked_up("redis", len(found), len(wanted) - len(found), time.perf_counter() - started)
-        return found
+    def _keep(self, layer: int, computed: Mapping[int, bytes], by_token: Tensor) -> None:
+        """Keep these rows of ``by_token`` [T, K, D] under their keys."""
+        if computed:
+            # The way through float32 and back has changed none of them.
+            rows, keys = by_token[list(computed)].to(self._dtype), list(computed.values())  # [n, K, D]
+            self._memory.put(keys, rows)
+            if self.remote is not None:
+                self.remote.store(redis_names(layer, keys), rows.view(torch.uint8).numpy().tobytes())
 
-    def _keep(
-        self,
-        batches: ExpertBatches,
-        pairs: np.ndarray[tuple[int], np.dtype[np.int64]],
-        keys: Sequence[bytes | None],
-        outputs: Tensor,
-        failures: Mapping[int, Exception],
-    ) -> None:
-        """Keep the ``outputs`` [T * K, D] of these pairs, as far as they have keys and did not fail."""
-        if not len(pairs):
-            return
-        kept = [p for p in pairs.tolist() if keys[p] and int(batches.tokens[p]) not in failures]
-        rows = self._encode(outputs[batches.slots[kept]])
-        items = [(key, row) for p, row in zip(kept, rows, strict=True) if (key := keys[p])]
-        for key, row in items:
-            self._memory.put(key, row)
-        if self.remote is not None and items:
-            self.remote.store(items)
-
-    def _encode(self, rows: Tensor) -> list[bytes]:
-        """The rows [P, D] as bytes; the way through float32 and back has changed none of them."""
-        content = rows.to(self._dtype).view(torch.uint8).numpy().tobytes()
-        width = rows.shape[1] * self._dtype.itemsize
-        return [content[start : start + width] for start in range(0, len(content), width)]
-
-    def _decode(self, rows: Sequence[bytes]) -> Tensor:
-        """float32 [P, D]."""
-        content = torch.frombuffer(bytearray(b"".join(rows)), dtype=self._dtype)
-        return content.view(len(rows), -1).float()
+    def _decode(self, values: Sequence[memoryview]) -> Tensor:
+        """[n, K, D]."""
+        empty = self._memory.find(())[1]
+        if not values:
+            return empty
+        content = torch.frombuffer(bytearray(b"".join(values)), dtype=self._dtype)
+        return content.view(len(values), *empty.shape[1:])

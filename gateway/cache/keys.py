@@ -1,67 +1,81 @@
-"""The key of a cached row: everything that the bits of an expert's output depend on.
+"""The key of a cached row: everything that the bits of its experts' outputs depend on.
 
-In int8 an output row is a function of the quantized row, its scale, the expert's weights and the arithmetic, and of
-nothing else: no other row, worker or batch. So the key is made of these, and of nothing else.
+In int8 an expert's output is a function of the quantized row, its scale, the expert's weights and the arithmetic, and
+of nothing else: no other row, worker or batch. So the key is made of these, and of nothing else.
+
+Letters: T tokens of the step, D hidden size, K experts per token, E experts in a layer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gateway.batches import ExpertBatches
+from gateway.batches import ExpertBatches, experts_of_tokens
 from gateway.placement import ExpertIdentity
 
 SCHEMA = 1  # raised whenever keys or values of the old version would be misread
 NAMESPACE = b"consilium:expert:"  # what an access rule of Redis may allow: ~consilium:expert:*
+_CONTEXT_BYTES = 16
 
 
 class RowKeys:
-    """Makes keys for the experts that ``identities`` knows; outputs of others are not kept."""
+    """Makes keys for rows all of whose experts ``identities`` knows; outputs for others are not kept.
+
+    A key is SHA-256 over the salt's own hash, the row, its scale, and for each of its experts the hash of schema
+    version, layer, expert, weights, numerics class and reply dtype.
+    """
 
     def __init__(self, identities: Mapping[tuple[int, int], ExpertIdentity], reply_dtype: str, salt: str) -> None:
         self.identities = identities
         self._reply_dtype = reply_dtype
-        salted = salt.encode()
-        self._digest = hashlib.sha256(len(salted).to_bytes(8, "little") + salted)
-        self._prefixes: dict[tuple[int, int], bytes | None] = {}
+        self._salt = np.frombuffer(hashlib.sha256(salt.encode()).digest(), dtype=np.uint8)
+        self._layers: dict[int, tuple[NDArray[np.uint8], NDArray[np.bool_]]] = {}
 
-    def of_pairs(self, layer: int, batches: ExpertBatches) -> list[bytes | None]:
-        """The key of every pair of ``batches``, in their order; None where the output cannot be kept."""
-        digests = self._digests(batches)
-        keys: list[bytes | None] = []
-        for position, expert in enumerate(batches.experts.tolist()):
-            prefix = self._prefix(layer, expert)
-            tokens = batches.tokens[batches.offsets[position] : batches.offsets[position + 1]].tolist()
-            keys += [None if prefix is None else prefix + digests[token] for token in tokens]
-        return keys
-
-    def _digests(self, batches: ExpertBatches) -> list[bytes]:
-        """One for each token row: SHA-256, in hexadecimal, over salt, int8 values and scale."""
+    def of_rows(self, layer: int, batches: ExpertBatches) -> list[bytes | None]:
+        """The key of each of the T rows; None where the outputs cannot be kept."""
         if batches.scales is None:
             raise TypeError("only int8 rows, which come with scales, have keys")
-        values = batches.rows.numpy().view(np.uint8)  # [T, D]
-        scales = batches.scales.numpy().view(np.uint8).reshape(-1, 4)  # [T, 4]
-        content = memoryview(np.concatenate([values, scales], axis=1).tobytes())
-        width = values.shape[1] + scales.shape[1]
-        digests = []
-        for start in range(0, len(content), width):
-            digest = self._digest.copy()
-            digest.update(content[start : start + width])
-            digests.append(digest.hexdigest().encode())
-        return digests
+        contexts, known = self._experts(layer)
+        experts = experts_of_tokens(batches)  # [T, K]
+        count = len(experts)
+        parts = [
+            np.broadcast_to(self._salt, (count, len(self._salt))),
+            batches.rows.numpy().view(np.uint8),  # [T, D]
+            batches.scales.numpy().view(np.uint8).reshape(count, 4),
+            contexts[experts].reshape(count, -1),
+        ]
+        content = np.concatenate(parts, axis=1)
+        width, view = content.shape[1], memoryview(content.tobytes())
+        keep = known[experts].all(axis=1).tolist()
+        return [
+            hashlib.sha256(view[row * width : (row + 1) * width]).digest() if keep[row] else None
+            for row in range(count)
+        ]
 
-    def _prefix(self, layer: int, expert: int) -> bytes | None:
-        """The part of the key that all rows of one expert share."""
-        if (layer, expert) not in self._prefixes:
-            identity = self.identities.get((layer, expert))
-            self._prefixes[layer, expert] = None if identity is None else self._make_prefix(layer, expert, identity)
-        return self._prefixes[layer, expert]
+    def _experts(self, layer: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The context [E, 16] of each expert of a layer, and which of them are known [E]."""
+        if layer not in self._layers:
+            identities = {expert: identity for (each, expert), identity in self.identities.items() if each == layer}
+            count = max(identities, default=-1) + 2  # the last one stands for all unknown ones above
+            contexts = np.zeros((count, _CONTEXT_BYTES), dtype=np.uint8)
+            known = np.zeros(count, dtype=np.bool_)
+            for expert, identity in identities.items():
+                contexts[expert] = np.frombuffer(self._context(layer, expert, identity), dtype=np.uint8)
+                known[expert] = True
+            self._layers[layer] = contexts, known
+        return self._layers[layer]
 
-    def _make_prefix(self, layer: int, expert: int, identity: ExpertIdentity) -> bytes:
-        parts = [SCHEMA, identity.weights.hex(), identity.numerics_class, self._reply_dtype]
-        context = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-        return NAMESPACE + f"{SCHEMA}:{layer}:{expert}:{context}:".encode()
+    def _context(self, layer: int, expert: int, identity: ExpertIdentity) -> bytes:
+        parts = [SCHEMA, layer, expert, identity.weights.hex(), identity.numerics_class, self._reply_dtype]
+        return hashlib.sha256(json.dumps(parts).encode()).digest()[:_CONTEXT_BYTES]
+
+
+def redis_names(layer: int, keys: Sequence[bytes]) -> list[bytes]:
+    """What rows with these keys are called in Redis; the layer is there for people who look."""
+    prefix = NAMESPACE + b"%d:%d:" % (SCHEMA, layer)
+    return [prefix + key.hex().encode() for key in keys]

@@ -1,45 +1,60 @@
-"""The first level: rows in the engine's own memory, least recently used ones given up first."""
+"""The first level: rows in the engine's own memory, least recently used ones given up first.
+
+Letters: N rows that fit, K experts per token, D hidden size.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
-# What an entry takes beside its key and row: two byte objects, the dictionary's entry and its list node.
-ENTRY_OVERHEAD = 240
+import torch
+from torch import Tensor
+
+# What an entry takes beside its outputs: key, number, the dictionary's entry and its list node.
+ENTRY_OVERHEAD = 256
 
 
 class MemoryCache:
-    """Rows by key, within ``capacity`` bytes."""
+    """Rows by key, within ``capacity`` bytes. The system commits the memory as it is first written."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, dtype: torch.dtype, top_k: int, hidden_size: int) -> None:
         self.capacity = capacity
-        self.bytes = 0
         self.evictions = 0  # since the start
-        self._rows: OrderedDict[bytes, bytes] = OrderedDict()
+        self._entry_bytes = top_k * hidden_size * dtype.itemsize + ENTRY_OVERHEAD
+        self._rows = torch.empty(capacity // self._entry_bytes, top_k, hidden_size, dtype=dtype)  # [N, K, D]
+        self._places: OrderedDict[bytes, int] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
-    def get(self, key: bytes) -> bytes | None:
-        """The row under ``key``, which is now the most recently used one."""
-        row = self._rows.get(key)
-        if row is not None:
-            self._rows.move_to_end(key)
-        return row
+    @property
+    def bytes(self) -> int:
+        """In use."""
+        return len(self._places) * self._entry_bytes
 
-    def put(self, key: bytes, row: bytes) -> None:
-        """Keep ``row``; what was under ``key`` is replaced, and as much is given up as does not fit any more."""
-        known = self._rows.pop(key, None)
-        if known is not None:
-            self.bytes -= _size(key, known)
-        if _size(key, row) > self.capacity:
-            return
-        self._rows[key] = row
-        self.bytes += _size(key, row)
-        while self.bytes > self.capacity:
-            self.bytes -= _size(*self._rows.popitem(last=False))
-            self.evictions += 1
+    def find(self, keys: Sequence[bytes | None]) -> tuple[list[int], Tensor]:
+        """Which of ``keys`` are known, and their rows [n, K, D]; those are now the most recently used ones."""
+        found, places = [], []
+        for position, key in enumerate(keys):
+            if key is not None and (place := self._places.get(key)) is not None:
+                self._places.move_to_end(key)
+                found.append(position)
+                places.append(place)
+        return found, self._rows[places]
 
-
-def _size(key: bytes, row: bytes) -> int:
-    return ENTRY_OVERHEAD + len(key) + len(row)
+    def put(self, keys: Sequence[bytes], rows: Tensor) -> None:
+        """Keep ``rows`` [n, K, D], as many as fit; what is known already is the same row."""
+        count = min(len(keys), len(self._rows))
+        written, places = [], []
+        for position in range(len(keys) - count, len(keys)):
+            key = keys[position]
+            if key not in self._places:
+                place = len(self._places)
+                if place == len(self._rows):
+                    _, place = self._places.popitem(last=False)
+                    self.evictions += 1
+                self._places[key] = place
+                written.append(position)
+                places.append(place)
+        self._rows[places] = rows[written]

@@ -55,6 +55,16 @@ def test_no_more_run_than_allowed() -> None:
     assert [number for number, _ in compute(queue)] == [2, 3]
 
 
+def test_a_budget_below_their_number_goes_round() -> None:
+    queue = scheduler(blocks=100, running=4, step=2)
+    for number in range(4):
+        queue.add(sequence(number, prompt=1, new=50))
+    for _ in range(8):
+        compute(queue)
+    generated = [each.generated for each in queue.running]
+    assert max(generated) - min(generated) <= 1
+
+
 def test_waits_for_room_and_takes_it_when_freed() -> None:
     queue = scheduler(blocks=3)
     queue.add(sequence(1, prompt=2 * BLOCK - 1, new=1))
