@@ -41,16 +41,24 @@ def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing) -> Ex
     return ExpertBatches(rows, scales, experts, np.append(starts, ids.size), slots, tokens, ids.size)
 
 
-def keep_pairs(batches: ExpertBatches, kept: NDArray[np.bool_]) -> ExpertBatches:
-    """Only the pairs marked in ``kept`` [P], and the experts that have any; slots, tokens and rows mean the same."""
-    owners = np.repeat(np.arange(len(batches.experts)), batches.counts)[kept]
+def experts_of_tokens(batches: ExpertBatches) -> NDArray[np.int64]:
+    """The experts [T, K] of every token, ascending; of batches from which nothing has been taken out."""
+    experts = np.empty(batches.places, dtype=np.int64)
+    experts[batches.slots] = np.repeat(batches.experts, batches.counts)
+    return experts.reshape(len(batches.rows), -1)
+
+
+def keep_tokens(batches: ExpertBatches, kept: NDArray[np.bool_]) -> ExpertBatches:
+    """Only the pairs of tokens marked in ``kept`` [T], and experts that have any; slots and tokens mean the same."""
+    pairs = kept[batches.tokens]  # [P]
+    owners = np.repeat(np.arange(len(batches.experts)), batches.counts)[pairs]
     positions, starts = np.unique(owners, return_index=True)
     return replace(
         batches,
         experts=batches.experts[positions],
         offsets=np.append(starts, owners.size),
-        slots=batches.slots[kept],
-        tokens=batches.tokens[kept],
+        slots=batches.slots[pairs],
+        tokens=batches.tokens[pairs],
     )
 
 

@@ -48,7 +48,7 @@ class CacheMetrics(Collector):
         """For the registry."""
         if self._last is None:
             return
-        yield self._by_tier("hits", "Rows, that is (token, expert) pairs, found")
+        yield self._by_tier("hits", "Rows found: tokens at a layer, each with the outputs of all its experts")
         yield self._by_tier("misses", "Rows not found, or not asked for as the breaker was open")
         yield self._by_tier("lookups", "Lookups, one for a layer and step")
         yield self._by_tier("seconds", "Time that the engine spent on lookups", "lookup_seconds")

@@ -115,9 +115,7 @@ class EngineProcess:
             return None
         from gateway.cache.dispatcher import make_cache  # brings redis-py, which takes 0.2 s to import
 
-        return make_cache(
-            self._config.cache, self._dispatcher, dtype, self._checkpoint.config.hidden_size, self._mailbox
-        )
+        return make_cache(self._config.cache, self._dispatcher, dtype, self._checkpoint.config, self._mailbox)
 
     def _reporters(self) -> list[ExpertMeter | CachedDispatcher]:
         return [self._meter] if self._cache is None else [self._meter, self._cache]

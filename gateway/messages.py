@@ -177,7 +177,7 @@ BreakerState = Literal["closed", "half_open", "open"]
 
 @dataclass(slots=True, config=_CONFIG)
 class TierStats:
-    """What one level of the expert-output cache was asked for; rows are (token, expert) pairs."""
+    """What one level of the expert-output cache was asked for: a token's row with the outputs of all its experts."""
 
     hits: int = 0
     misses: int = 0  # also what was not asked because the breaker was open

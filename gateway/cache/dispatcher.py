@@ -97,7 +97,7 @@ class CachedDispatcher:
         stats = self._meter.take()
         if stats is not None:
             memory = self._memory
-            stats.entries, stats.bytes, stats.capacity = len(memory), memory.bytes, memory.capacity
+            stats.entries, stats.bytes, stats.capacity = len(memory), memory.size, memory.capacity
             stats.evictions = memory.evictions - self._evictions_reported
             self._evictions_reported = memory.evictions
             if self.remote is not None:

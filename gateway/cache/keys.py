@@ -41,7 +41,7 @@ class RowKeys:
         if batches.scales is None:
             raise TypeError("only int8 rows, which come with scales, have keys")
         contexts, known = self._experts(layer)
-        experts = experts_of_tokens(batches)  # [T, K]
+        experts = np.minimum(experts_of_tokens(batches), len(known) - 1)  # [T, K]
         count = len(experts)
         parts = [
             np.broadcast_to(self._salt, (count, len(self._salt))),
@@ -51,17 +51,17 @@ class RowKeys:
         ]
         content = np.concatenate(parts, axis=1)
         width, view = content.shape[1], memoryview(content.tobytes())
-        keep = known[experts].all(axis=1).tolist()
-        return [
-            hashlib.sha256(view[row * width : (row + 1) * width]).digest() if keep[row] else None
-            for row in range(count)
-        ]
+        keep = np.flatnonzero(known[experts].all(axis=1))
+        keys: list[bytes | None] = [None] * count
+        for row in keep.tolist():
+            keys[row] = hashlib.sha256(view[row * width : (row + 1) * width]).digest()
+        return keys
 
     def _experts(self, layer: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """The context [E, 16] of each expert of a layer, and which of them are known [E]."""
+        """The context of each expert of a layer, and whether it is known."""
         if layer not in self._layers:
             identities = {expert: identity for (each, expert), identity in self.identities.items() if each == layer}
-            count = max(identities, default=-1) + 2  # the last one stands for all unknown ones above
+            count = max(identities, default=-1) + 2  # the last one stands for any that follow, which are not known
             contexts = np.zeros((count, _CONTEXT_BYTES), dtype=np.uint8)
             known = np.zeros(count, dtype=np.bool_)
             for expert, identity in identities.items():

@@ -29,13 +29,14 @@ class MemoryCache:
         return len(self._places)
 
     @property
-    def bytes(self) -> int:
-        """In use."""
+    def size(self) -> int:
+        """Bytes in use."""
         return len(self._places) * self._entry_bytes
 
     def find(self, keys: Sequence[bytes | None]) -> tuple[list[int], Tensor]:
         """Which of ``keys`` are known, and their rows [n, K, D]; those are now the most recently used ones."""
-        found, places = [], []
+        found: list[int] = []
+        places: list[int] = []
         for position, key in enumerate(keys):
             if key is not None and (place := self._places.get(key)) is not None:
                 self._places.move_to_end(key)
@@ -46,7 +47,8 @@ class MemoryCache:
     def put(self, keys: Sequence[bytes], rows: Tensor) -> None:
         """Keep ``rows`` [n, K, D], as many as fit; what is known already is the same row."""
         count = min(len(keys), len(self._rows))
-        written, places = [], []
+        written: list[int] = []
+        places: list[int] = []
         for position in range(len(keys) - count, len(keys)):
             key = keys[position]
             if key not in self._places:

@@ -11,6 +11,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
 from consilium.config import CacheConfig
 from consilium.errors import DeadlineExceeded
@@ -22,13 +24,20 @@ from gateway.mailbox import Completion, Mailbox
 
 log = logging.getLogger(__name__)
 
-KEYS_PER_TIMEOUT = 128  # a lookup of more keys gets the configured time again for every so many
-WRITE_CHUNK = 64  # rows in one request: between two, the I/O thread turns to the workers' streams
+KEYS_PER_TIMEOUT = 32  # a lookup of more keys gets the configured time again for every so many
+WRITE_CHUNK = 16  # rows in one request: between two, the I/O thread turns to the workers' streams
 WRITE_TIMEOUT = 1.0  # seconds for one chunk; nobody waits
 WRITE_BACKLOG = 32 * 2**20  # most bytes that wait to be written
 
-Rows = list[bytes | None]  # in the order of the keys; None is a miss
-Items = Sequence[tuple[bytes, bytes]]  # keys and rows
+Rows = list[memoryview | None]  # in the order of the keys; None is a miss
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """Rows to be written, one after the other in ``content``."""
+
+    keys: Sequence[bytes]
+    content: bytes
 
 
 class RemoteCache:
@@ -42,7 +51,7 @@ class RemoteCache:
         self._links = {"read": RedisLink(url), "write": RedisLink(url)}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._outgoing: asyncio.Queue[Items] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[Outgoing] = asyncio.Queue()
         self._reading = False
         self._backlog = 0
 
@@ -71,14 +80,14 @@ class RemoteCache:
         except (DeadlineExceeded, CacheFailure):  # counted where it was settled
             return nothing
 
-    def store(self, items: Items) -> None:
-        """Write rows when there is time for it; dropped where Redis does not keep up."""
-        size = _size(items)
-        if self._loop is None or self._backlog + size > WRITE_BACKLOG or not self.breakers["write"].permit():
-            self._meter.dropped(len(items))
+    def store(self, keys: Sequence[bytes], content: bytes) -> None:
+        """Write rows, one after the other in ``content``, when there is time; dropped where Redis does not keep up."""
+        full = self._backlog + len(content) > WRITE_BACKLOG
+        if self._loop is None or full or not self.breakers["write"].permit():
+            self._meter.dropped(len(keys))
             return
-        self._backlog += size
-        self._loop.call_soon_threadsafe(self._outgoing.put_nowait, items)
+        self._backlog += len(content)
+        self._loop.call_soon_threadsafe(self._outgoing.put_nowait, Outgoing(keys, content))
 
     def _settle(self, operation: str, outcome: object) -> None:
         """Tell breaker and metrics how an attempt ended."""
@@ -102,10 +111,10 @@ class RemoteCache:
             self._settle("read", outcome)
             lookup.settle(outcome)
 
-    def _finish_write(self, items: Items, written: int, failure: CacheFailure | None) -> None:
-        self._backlog -= _size(items)
+    def _finish_write(self, rows: Outgoing, written: int, failure: CacheFailure | None) -> None:
+        self._backlog -= len(rows.content)
         self._meter.written(written)
-        self._meter.dropped(len(items) - written)
+        self._meter.dropped(len(rows.keys) - written)
         self._settle("write", failure)
 
     # -- the I/O thread's side -----------------------------------------------------------------------------------
@@ -148,34 +157,34 @@ class RemoteCache:
         finally:  # also when a bug ends it: the tier must not stay marked as busy
             self._mailbox.post(lambda: self._finish_read(lookup, outcome, invalid))
 
-    async def _write(self, items: Items) -> None:
-        """Write ``items``; when that fails, everything else that waits is dropped too."""
+    async def _write(self, rows: Outgoing) -> None:
+        """Write ``rows``; when that fails, everything else that waits is dropped too."""
         failure: CacheFailure | None = None
         written = 0
         try:
-            for start in range(0, len(items), WRITE_CHUNK):
-                chunk = items[start : start + WRITE_CHUNK]
-                values = ((key, self._codec.encode(key, row)) for key, row in chunk)
-                commands = b"".join(set_command(key, value, self._ttl) for key, value in values)
-                replies = await self._links["write"].call(commands, len(chunk), WRITE_TIMEOUT)
+            for start in range(0, len(rows.keys), WRITE_CHUNK):
+                replies = await self._links["write"].call(*self._commands(rows, start), WRITE_TIMEOUT)
                 refusals = [each for each in map(refusal, replies) if each is not None]
-                written += len(chunk) - len(refusals)
+                written += len(replies) - len(refusals)
                 if refusals:
                     raise refusals[0]
         except CacheFailure as caught:
             failure = caught
         done = written
-        self._mailbox.post(lambda: self._finish_write(items, done, failure))
+        self._mailbox.post(lambda: self._finish_write(rows, done, failure))
         while failure is not None and not self._outgoing.empty():
             self._drop(self._outgoing.get_nowait())
 
-    def _drop(self, items: Items) -> None:
+    def _commands(self, rows: Outgoing, start: int) -> tuple[bytes, int]:
+        """The commands for the chunk at ``start``, and how many they are."""
+        keys, width = rows.keys[start : start + WRITE_CHUNK], self._codec.row_bytes
+        view = memoryview(rows.content)[start * width :]
+        values = (self._codec.encode(key, view[n * width : (n + 1) * width]) for n, key in enumerate(keys))
+        return b"".join(map(set_command, keys, values, repeat(self._ttl))), len(keys)
+
+    def _drop(self, rows: Outgoing) -> None:
         def finish() -> None:
-            self._backlog -= _size(items)
-            self._meter.dropped(len(items))
+            self._backlog -= len(rows.content)
+            self._meter.dropped(len(rows.keys))
 
         self._mailbox.post(finish)
-
-
-def _size(items: Items) -> int:
-    return sum(len(key) + len(row) for key, row in items)

@@ -19,7 +19,7 @@ from tests.tiny_models import save_mixtral
 from tests.valkey import listed_keys, slow_proxy, valkey
 
 LONG = 300  # new tokens
-HIDDEN = 64
+TOP_K, HIDDEN = 2, 64
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +133,12 @@ def garbage(key: bytes, value: bytes, other_value: bytes) -> list[tuple[str | by
         ("SET", "garbage"),
         ("SET", value[:-4]),
         ("SET", value + value),
-        ("SET", value * 4000),  # a megabyte
+        ("SET", value * 2000),  # a megabyte
         ("SET", bytes(len(value))),
         ("SET", value[:-1] + bytes([value[-1] ^ 1])),  # a flipped bit of the data
         ("SET", bytes([value[0] ^ 1]) + value[1:]),  # a flipped bit of the header
         ("SET", other_value),
-        ("SET", RowCodec(torch.bfloat16, HIDDEN, "").encode(key, bytes(2 * HIDDEN))),
-        ("SET", RowCodec(torch.float32, HIDDEN - 1, "").encode(key, bytes(4 * (HIDDEN - 1)))),
-        ("SET", RowCodec(torch.float32, HIDDEN, "another salt").encode(key, value[-4 * HIDDEN :])),
+        ("SET", RowCodec(torch.bfloat16, TOP_K, HIDDEN, "").encode(key, bytes(2 * TOP_K * HIDDEN))),
+        ("SET", RowCodec(torch.float32, TOP_K, HIDDEN - 1, "").encode(key, bytes(4 * TOP_K * (HIDDEN - 1)))),
+        ("SET", RowCodec(torch.float32, TOP_K, HIDDEN, "another salt").encode(key, value[-4 * TOP_K * HIDDEN :])),
     ]

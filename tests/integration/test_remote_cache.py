@@ -28,7 +28,7 @@ from gateway.messages import CacheStats
 from tests.valkey import valkey
 
 KEYS = [b"consilium:expert:%d" % number for number in range(3)]
-ITEMS = [(key, bytes([number]) * 16) for number, key in enumerate(KEYS)]
+ROWS = [bytes([number]) * 16 for number in range(len(KEYS))]
 SECONDS = 60.0
 
 
@@ -38,7 +38,7 @@ class Engine:
     def __init__(self, url: str, timeout: float = 0.5) -> None:
         self.mailbox = Mailbox(lambda event: pytest.fail(f"unexpected {event}"))
         self.meter = CacheMeter()
-        codec = RowCodec(torch.float32, 4, "salt")
+        codec = RowCodec(torch.float32, 2, 2, "salt")
         config = CacheConfig(redis=SecretStr(url), timeout=timeout)
         self.remote = RemoteCache(config, url, codec, self.mailbox, self.meter)
         self._errors: dict[str, dict[str, int]] = {}
@@ -174,33 +174,32 @@ def test_nobody_there() -> None:
         url = f"redis://127.0.0.1:{taken.getsockname()[1]}"
     with engine(url) as tested:
         tested.work_until(lambda: tested.remote.breakers["read"].state == "open")
-        tested.remote.store(ITEMS)
-        tested.work_until(lambda: tested.dropped_rows() == len(ITEMS), fetching=False)
+        tested.remote.store(KEYS, b"".join(ROWS))
+        tested.work_until(lambda: tested.dropped_rows() == len(KEYS), fetching=False)
         assert tested.errors("write") == {"connection": 1}
 
 
 def test_what_is_stored_is_found() -> None:
     with valkey() as server, engine(server.url) as tested:
-        tested.remote.store(ITEMS)
-        rows = [row for _, row in ITEMS]
-        found: list[Rows] = []
+        tested.remote.store(KEYS, b"".join(ROWS))
+        found: list[list[bytes | None]] = []
 
         def look() -> bool:
-            found.append(tested.fetch())
-            return found[-1] == rows
+            found.append([None if row is None else bytes(row) for row in tested.fetch()])
+            return found[-1] == ROWS
 
         tested.work_until(look, fetching=False)
-        assert all(each in (rows, [None] * len(KEYS)) for each in found)
+        assert all(row in (None, ROWS[number]) for each in found for number, row in enumerate(each))
         assert tested.errors("read") == tested.errors("write") == {}
 
 
 def test_a_server_that_does_not_keep_up_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_module, "WRITE_TIMEOUT", 0.2)
-    big = [(b"key %d" % number, bytes(2**20)) for number in range(4)]
+    keys, content = [b"%d" % number for number in range(2**18)], bytes(2**22)
     with server_that(silent) as url, engine(url) as tested:
         for _ in range(20):
-            tested.remote.store(big)  # returns at once; 80 MiB in all, of which 32 may wait
-        tested.work_until(lambda: tested.dropped_rows() == 80, fetching=False)
+            tested.remote.store(keys, content)  # returns at once; 80 MiB in all, of which 32 may wait
+        tested.work_until(lambda: tested.dropped_rows() == 20 * len(keys), fetching=False)
         assert tested.errors("write") == {"timeout": 1}
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from gateway.batches import ExpertBatches
+from consilium.gate import Routing
+from gateway.batches import ExpertBatches, group_by_expert
 from gateway.cache import keys as keys_module
 from gateway.cache.breaker import FAILURES, FIRST_PAUSE, LAST_PAUSE, WINDOW, Breaker
-from gateway.cache.keys import NAMESPACE, RowKeys
+from gateway.cache.keys import NAMESPACE, RowKeys, redis_names
 from gateway.cache.memory import ENTRY_OVERHEAD, MemoryCache
 from gateway.cache.value import RowCodec
 from gateway.placement import ExpertIdentity
@@ -25,11 +26,16 @@ from gateway.placement import ExpertIdentity
 IDENTITY = ExpertIdentity(b"w" * 16, "int8/cpu/v1")
 
 
-def one_row(values: list[int] | None = None, scale: float = 0.5) -> ExpertBatches:
-    """A single row for experts 3 and 5."""
-    rows = torch.tensor([values or [1, -2, 127]], dtype=torch.int8)
-    pairs = np.array([0, 0])
-    return ExpertBatches(rows, torch.tensor([scale]), np.array([3, 5]), np.array([0, 1, 2]), np.array([0, 1]), pairs, 2)
+def rows_of(values: list[list[int]], scales: list[float], experts: list[list[int]]) -> ExpertBatches:
+    """Rows that go to these experts."""
+    weights = torch.ones(len(experts), len(experts[0]))
+    routing = Routing(torch.tensor(experts), weights)
+    return group_by_expert(torch.tensor(values, dtype=torch.int8), torch.tensor(scales), routing)
+
+
+def one_row(values: list[int] | None = None, scale: float = 0.5, expert: int = 5) -> ExpertBatches:
+    """A single row, for expert 3 and another one."""
+    return rows_of([values or [1, -2, 127]], [scale], [[3, expert]])
 
 
 def key(
@@ -39,8 +45,8 @@ def key(
     dtype: str = "torch.float32",
     salt: str = "",
 ) -> bytes:
-    known = {(layer, expert): identity for expert in (3, 5)}
-    made = RowKeys(known, dtype, salt).of_pairs(layer, batches or one_row())[0]
+    known = {(layer, 3): IDENTITY, (layer, 5): identity, (layer, 7): identity}
+    made = RowKeys(known, dtype, salt).of_rows(layer, batches or one_row())[0]
     assert made is not None
     return made
 
@@ -57,7 +63,7 @@ CHANGES: dict[str, Callable[[], bytes]] = {
     "numerics class": lambda: key(identity=IDENTITY._replace(numerics_class="int8/cuda/v1")),
     "reply dtype": lambda: key(dtype="torch.bfloat16"),
     "layer": lambda: key(layer=8),
-    "expert": lambda: RowKeys({(7, 5): IDENTITY}, "torch.float32", "").of_pairs(7, one_row())[1] or b"",
+    "expert": lambda: key(one_row(expert=7)),
     "a value of the row": lambda: key(one_row([1, -2, 126])),
     "the row's sign": lambda: key(one_row([-1, 2, -127])),
     "the scale": lambda: key(one_row(scale=0.5000001)),
@@ -74,35 +80,39 @@ def test_every_ingredient_changes_the_key(change: str) -> None:
 
 def test_the_same_ingredients_give_the_same_key() -> None:
     assert key() == key(one_row())
-    assert key().startswith(NAMESPACE)
-    assert hashlib.sha256(bytes(8) + one_row().rows.numpy().tobytes() + np.float32(0.5).tobytes()).hexdigest() in (
-        key().decode()
-    )
+    assert key(salt="tenant") == key(salt="tenant")
+    assert redis_names(7, [key()]) == [NAMESPACE + b"1:7:" + key().hex().encode()]
 
 
 def test_keys_do_not_depend_on_the_other_rows() -> None:
-    alone = one_row()
-    scales = torch.tensor([9.0, 0.5])
-    rows = torch.cat([torch.zeros(1, 3, dtype=torch.int8), alone.rows])
-    together = replace(alone, rows=rows, scales=scales, tokens=np.array([1, 1]), places=4)
-    assert key(together) == key(alone)
+    together = rows_of([[0, 0, 0], [1, -2, 127]], [9.0, 0.5], [[5, 7], [3, 5]])
+    known = {(7, expert): IDENTITY for expert in (3, 5, 7)}
+    assert RowKeys(known, "torch.float32", "").of_rows(7, together)[1] == key()
 
 
-def test_an_unknown_expert_has_no_key() -> None:
-    keys = RowKeys({(7, 5): IDENTITY}, "torch.float32", "").of_pairs(7, one_row())
-    assert keys[0] is None
-    assert keys[1] is not None
+@pytest.mark.parametrize("missing", [3, 5])
+def test_a_row_with_an_unknown_expert_has_no_key(missing: int) -> None:
+    known = {(7, expert): IDENTITY for expert in (3, 5, 7) if expert != missing}
+    keys = RowKeys(known, "torch.float32", "").of_rows(7, rows_of([[1], [1]], [1.0, 1.0], [[3, 5], [missing ^ 6, 7]]))
+    assert [each is None for each in keys] == [True, False]
+
+
+@pytest.mark.parametrize("known", [{}, {(7, 0): IDENTITY}, {(6, 3): IDENTITY, (6, 5): IDENTITY}])
+def test_nothing_known_is_no_key(known: dict[tuple[int, int], ExpertIdentity]) -> None:
+    assert RowKeys(known, "torch.float32", "").of_rows(7, one_row()) == [None]
 
 
 # -- values ----------------------------------------------------------------------------------------------------------
 
 ROW = np.arange(6, dtype=np.float32).tobytes()
-CODEC = RowCodec(torch.float32, 6, "salt")
+CODEC = RowCodec(torch.float32, 2, 3, "salt")
 VALUE = CODEC.encode(b"key", ROW)
 
 
 def test_a_value_reads_back() -> None:
-    assert CODEC.decode(b"key", VALUE) == ROW
+    row = CODEC.decode(b"key", VALUE)
+    assert row is not None
+    assert bytes(row) == ROW
 
 
 GARBAGE: dict[str, object] = {
@@ -116,13 +126,14 @@ GARBAGE: dict[str, object] = {
     "zeros": bytes(len(VALUE)),
     "truncated": VALUE[:-1],
     "too long": VALUE + b"\0",
-    "only a header": VALUE[:12],
+    "only a header": VALUE[:16],
     "another key's": CODEC.encode(b"yek", ROW),
-    "another dtype": RowCodec(torch.bfloat16, 12, "salt").encode(b"key", ROW),
-    "another length": RowCodec(torch.float32, 5, "salt").encode(b"key", ROW[:20]),
-    "another salt": RowCodec(torch.float32, 6, "pepper").encode(b"key", ROW),
+    "another dtype": RowCodec(torch.bfloat16, 4, 3, "salt").encode(b"key", ROW),
+    "another length": RowCodec(torch.float32, 2, 2, "salt").encode(b"key", ROW[:16]),
+    "another shape": RowCodec(torch.float32, 3, 2, "salt").encode(b"key", ROW),
+    "another salt": RowCodec(torch.float32, 2, 3, "pepper").encode(b"key", ROW),
     "another version": VALUE[:3] + b"\x02" + VALUE[4:],
-    "another row's data": VALUE[:28] + ROW[::-1],
+    "another row's data": VALUE[:32] + ROW[::-1],
 }
 
 
@@ -146,29 +157,40 @@ def test_arbitrary_bytes_are_no_row(value: bytes) -> None:
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
+ENTRY = ENTRY_OVERHEAD + 4  # one expert, two elements of bfloat16
+
+
+def memory_of(entries: float) -> MemoryCache:
+    return MemoryCache(int(entries * ENTRY), torch.bfloat16, 1, 2)
+
+
+def row(number: int) -> Tensor:
+    return torch.full((1, 1, 2), number, dtype=torch.bfloat16)
+
+
 def test_the_least_recently_used_row_goes_first() -> None:
-    memory = MemoryCache(2 * (ENTRY_OVERHEAD + 11))
-    memory.put(b"a", b"0123456789")
-    memory.put(b"b", b"0123456789")
-    assert memory.get(b"a") is not None
-    memory.put(b"c", b"0123456789")
-    assert memory.get(b"b") is None
-    assert memory.get(b"a") == memory.get(b"c") == b"0123456789"
+    memory = memory_of(2)
+    memory.put([b"a"], row(1))
+    memory.put([b"b"], row(2))
+    assert memory.find([b"a"])[0] == [0]
+    memory.put([b"c"], row(3))
+    found, rows = memory.find([b"b", None, b"c", b"a"])
+    assert found == [2, 3]
+    assert rows[:, 0, 0].tolist() == [3, 1]
     assert memory.evictions == 1
 
 
-@given(st.integers(0, 2000), st.lists(st.tuples(st.binary(min_size=1, max_size=2), st.binary(max_size=400))))
-def test_memory_never_exceeds_its_bytes(capacity: int, items: list[tuple[bytes, bytes]]) -> None:
-    memory = MemoryCache(capacity)
-    latest: dict[bytes, bytes] = {}
-    for name, row in items:
-        memory.put(name, row)
-        latest[name] = row
-        assert memory.bytes <= capacity
-    kept = {name: found for name in latest if (found := memory.get(name)) is not None}
-    assert kept.items() <= latest.items()  # never an old row
-    assert len(kept) == len(memory)
-    assert memory.bytes == sum(ENTRY_OVERHEAD + len(name) + len(row) for name, row in kept.items())
+@given(st.floats(0, 6), st.lists(st.lists(st.integers(0, 9), min_size=1), max_size=20))
+def test_memory_never_exceeds_its_bytes_and_never_mixes_rows(entries: float, steps: list[list[int]]) -> None:
+    memory = memory_of(entries)
+    for numbers in steps:
+        memory.put([b"%d" % number for number in numbers], torch.cat([row(number) for number in numbers]))
+        assert memory.size == len(memory) * ENTRY <= memory.capacity
+        if int(entries):
+            assert memory.find([b"%d" % numbers[-1]])[0] == [0]  # the newest
+    found, rows = memory.find([b"%d" % number for number in range(10)])
+    assert rows[:, 0, 1].tolist() == found
+    assert len(found) == len(memory)
 
 
 # -- breaker ---------------------------------------------------------------------------------------------------------

@@ -20,12 +20,13 @@ from consilium.config import CacheConfig
 from consilium.errors import ConfigError, ExpertUnavailable
 from consilium.gate import softmax_top_k
 from consilium.quantization import quantize_rows
-from gateway.batches import ExpertBatches, group_by_expert, keep_pairs
+from gateway.batches import ExpertBatches, experts_of_tokens, group_by_expert, keep_tokens
 from gateway.cache.dispatcher import CachedDispatcher, make_cache
-from gateway.cache.memory import MemoryCache
+from gateway.cache.memory import ENTRY_OVERHEAD, MemoryCache
 from gateway.cache.meter import CacheMeter
 from gateway.mailbox import Mailbox
 from gateway.placement import ExpertIdentity
+from tests.unit.model_configs import tiny_config
 
 EXPERTS, TOP_K, HIDDEN = 5, 2, 4
 IDENTITIES = {(0, expert): ExpertIdentity(bytes([expert]) * 16, "test/v1") for expert in range(EXPERTS)}
@@ -61,9 +62,9 @@ class Experts:
         return outputs, failures
 
     @property
-    def pairs(self) -> int:
-        """Of the last call."""
-        return len(self.asked[-1].slots)
+    def rows(self) -> list[int]:
+        """Of the last call, each once."""
+        return sorted(set(self.asked[-1].tokens.tolist()))
 
 
 def run(coroutine: Coroutine[Any, Any, Outcome]) -> Outcome:
@@ -80,8 +81,11 @@ def batches_of(tokens: list[int], top_k: int = TOP_K) -> ExpertBatches:
     return group_by_expert(rows, scales, softmax_top_k(logits, top_k, normalize=True))
 
 
-def cached(experts: Experts, capacity: int = 2**20, dtype: torch.dtype = torch.float32) -> CachedDispatcher:
-    dispatcher = CachedDispatcher(experts, MemoryCache(capacity), None, CacheMeter(), dtype, "")
+def cached(
+    experts: Experts, entries: int = 1000, dtype: torch.dtype = torch.float32, top_k: int = TOP_K
+) -> CachedDispatcher:
+    memory = MemoryCache(entries * (ENTRY_OVERHEAD + top_k * HIDDEN * dtype.itemsize), dtype, top_k, HIDDEN)
+    dispatcher = CachedDispatcher(experts, memory, None, CacheMeter(), dtype, "")
     dispatcher.set_identities(IDENTITIES)
     return dispatcher
 
@@ -90,11 +94,11 @@ STEPS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=8), min_size=
 
 
 @settings(deadline=None)
-@given(STEPS, st.integers(1, EXPERTS), st.sampled_from([0, 700, 3000, 2**20]), st.sampled_from(["float32", "bfloat16"]))
-def test_the_same_bits_as_without(steps: list[list[int]], top_k: int, capacity: int, dtype_name: str) -> None:
+@given(STEPS, st.integers(1, EXPERTS), st.sampled_from([0, 1, 5, 1000]), st.sampled_from(["float32", "bfloat16"]))
+def test_the_same_bits_as_without(steps: list[list[int]], top_k: int, entries: int, dtype_name: str) -> None:
     dtype: torch.dtype = getattr(torch, dtype_name)
     experts = Experts(dtype)
-    dispatcher = cached(experts, capacity, dtype)
+    dispatcher = cached(experts, entries, dtype, top_k)
     for tokens in steps:
         batches = batches_of(tokens, top_k)
         expected, _ = run(Experts(dtype).dispatch(0, batches))
@@ -107,23 +111,22 @@ def test_what_is_known_is_not_asked_for() -> None:
     experts = Experts()
     dispatcher = cached(experts)
     run(dispatcher.dispatch(0, batches_of([1, 2])))
-    assert experts.pairs == 2 * TOP_K
+    assert experts.rows == [0, 1]
     run(dispatcher.dispatch(0, batches_of([2, 3, 1])))
-    assert experts.asked[-1].tokens.tolist() == [1, 1]  # token 3, which is row 1, and nothing of the others
+    assert experts.rows == [1]  # token 3, and nothing of the others
     run(dispatcher.dispatch(0, batches_of([1, 1, 3])))
-    assert experts.pairs == 0
+    assert experts.rows == []
     stats = dispatcher.take_report()
     assert stats is not None
-    assert (stats.tiers["memory"].hits, stats.tiers["memory"].misses) == (5 * TOP_K, 3 * TOP_K)
-    assert stats.entries == 3 * TOP_K
+    assert (stats.tiers["memory"].hits, stats.tiers["memory"].misses, stats.entries) == (5, 3, 3)
 
 
 @given(STEPS, st.data())
-def test_keeping_pairs_changes_nothing_about_them(steps: list[list[int]], data: st.DataObject) -> None:
+def test_keeping_tokens_changes_nothing_about_them(steps: list[list[int]], data: st.DataObject) -> None:
     batches = batches_of(steps[0])
-    marks = st.lists(st.booleans(), min_size=len(batches.slots), max_size=len(batches.slots))
+    marks = st.lists(st.booleans(), min_size=len(steps[0]), max_size=len(steps[0]))
     kept = np.array(data.draw(marks))
-    reduced = keep_pairs(batches, kept)
+    reduced = keep_tokens(batches, kept)
     assert reduced.places == batches.places
     assert (np.diff(reduced.offsets) > 0).all()
 
@@ -131,7 +134,15 @@ def test_keeping_pairs_changes_nothing_about_them(steps: list[list[int]], data: 
         owners = np.repeat(of.experts, np.diff(of.offsets))
         return list(zip(owners.tolist(), of.slots.tolist(), of.tokens.tolist(), strict=True))
 
-    assert pairs(reduced) == [pair for pair, keep in zip(pairs(batches), kept, strict=True) if keep]
+    assert pairs(reduced) == [(expert, slot, token) for expert, slot, token in pairs(batches) if kept[token]]
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(1, EXPERTS))
+def test_the_experts_of_tokens_are_those_of_the_routing(tokens: list[int], top_k: int) -> None:
+    logits = torch.randn(len(tokens), EXPERTS, generator=torch.Generator().manual_seed(sum(tokens)))
+    routing = softmax_top_k(logits, top_k, normalize=True)
+    batches = group_by_expert(torch.zeros(len(tokens), 1), None, routing)
+    assert experts_of_tokens(batches).tolist() == routing.ids.tolist()
 
 
 def test_failed_rows_are_not_kept() -> None:
@@ -156,7 +167,7 @@ def test_other_weights_are_other_rows() -> None:
     first = int(batches.experts[0])
     dispatcher.set_identities({**IDENTITIES, (0, first): ExpertIdentity(b"other weights...", "test/v1")})
     run(dispatcher.dispatch(0, batches))
-    assert experts.asked[-1].experts.tolist() == [first]
+    assert experts.rows == [0]
 
 
 def test_rows_computed_while_weights_change_are_not_kept() -> None:
@@ -172,18 +183,19 @@ def test_rows_computed_while_weights_change_are_not_kept() -> None:
     run(dispatcher.dispatch(0, batches_of([1])))
     experts.meanwhile = lambda: None
     run(dispatcher.dispatch(0, batches_of([1])))
-    assert experts.pairs == TOP_K
+    assert experts.rows == [0]
 
 
 def test_experts_without_one_identity_are_asked_every_time() -> None:
     experts = Experts()
     dispatcher = cached(experts)
-    batches = batches_of([1])
-    odd = int(batches.experts[1])
+    batches = batches_of(list(range(8)))
+    odd = 2
     dispatcher.set_identities({each: identity for each, identity in IDENTITIES.items() if each[1] != odd})
     for _ in range(2):
         run(dispatcher.dispatch(0, batches))
-    assert experts.asked[-1].experts.tolist() == [odd]
+    assert experts.rows == [row for row, ids in enumerate(experts_of_tokens(batches)) if odd in ids]
+    assert 0 < len(experts.rows) < 8
 
 
 def test_only_int8_rows_have_keys() -> None:
@@ -195,4 +207,4 @@ def test_only_int8_rows_have_keys() -> None:
 
 def test_a_cache_that_keeps_nothing_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match="keeps nothing"):
-        make_cache(CacheConfig(memory=0), Experts(), torch.float32, HIDDEN, Mailbox(lambda _: None))
+        make_cache(CacheConfig(memory=0), Experts(), torch.float32, tiny_config(), Mailbox(lambda _: None))
