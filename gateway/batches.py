@@ -5,6 +5,7 @@ Letters: T tokens of the step, D hidden size, K experts per token, M experts ask
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,8 +49,10 @@ def experts_of_tokens(batches: ExpertBatches) -> NDArray[np.int64]:
     return experts.reshape(len(batches.rows), -1)
 
 
-def keep_tokens(batches: ExpertBatches, kept: NDArray[np.bool_]) -> ExpertBatches:
-    """Only the pairs of tokens marked in ``kept`` [T], and experts that have any; slots and tokens mean the same."""
+def keep_tokens(batches: ExpertBatches, tokens: Sequence[int]) -> ExpertBatches:
+    """Only the pairs of these tokens, and the experts that have any; slots and tokens mean the same as before."""
+    kept = np.zeros(len(batches.rows), dtype=np.bool_)  # [T]
+    kept[tokens] = True
     pairs = kept[batches.tokens]  # [P]
     owners = np.repeat(np.arange(len(batches.experts)), batches.counts)[pairs]
     positions, starts = np.unique(owners, return_index=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,19 +72,23 @@ class CachedDispatcher:
         keys = makes_keys.of_rows(layer, batches)
         found, rows = self._memory.find(keys)  # [n, K, D]
         self._meter.looked_up("memory", len(found), len(keys) - len(found), time.perf_counter() - started)
-        missing = np.ones(len(keys), dtype=np.bool_)  # [T]
-        missing[found] = False
+        if len(found) == len(keys):
+            return rows.float().view(batches.places, -1), {}
+        missing = {row: keys[row] for row in range(len(keys))}
+        for row in found:
+            del missing[row]
         if self.remote is not None:
-            wanted = {row: key for row in np.flatnonzero(missing).tolist() if (key := keys[row]) is not None}
-            shared, shared_rows = await self._fetch(self.remote, layer, wanted)
-            missing[shared] = False
+            shared, shared_rows = await self._fetch(self.remote, layer, missing)
+            for row in shared:
+                del missing[row]
             found, rows = found + shared, torch.cat([rows, shared_rows])
-        outputs, failures = await self._inner.dispatch(layer, keep_tokens(batches, missing))
+        rest = keep_tokens(batches, list(missing)) if found else batches
+        outputs, failures = await self._inner.dispatch(layer, rest)
         by_token = outputs.view(len(keys), -1, outputs.shape[1])  # [T, K, D]
         if self._keys is makes_keys:  # else other weights may have come meanwhile, and computed some of these rows
-            computed = {row: key for row in np.flatnonzero(missing).tolist() if (key := keys[row]) is not None}
-            self._keep(layer, {row: key for row, key in computed.items() if row not in failures}, by_token)
-        by_token[found] = rows.float()
+            self._keep(layer, {row: key for row, key in missing.items() if row not in failures}, by_token)
+        if found:
+            by_token[found] = rows.float()
         return outputs, failures
 
     def due_in(self) -> float | None:
@@ -104,23 +107,25 @@ class CachedDispatcher:
                 stats.breakers = {name: breaker.state for name, breaker in self.remote.breakers.items()}
         return stats
 
-    async def _fetch(self, remote: RemoteCache, layer: int, wanted: Mapping[int, bytes]) -> tuple[list[int], Tensor]:
-        """Which of the ``wanted`` rows Redis holds, and the rows [n, K, D]; they are now in memory, too."""
+    async def _fetch(
+        self, remote: RemoteCache, layer: int, missing: Mapping[int, bytes | None]
+    ) -> tuple[list[int], Tensor]:
+        """Which of the ``missing`` rows Redis holds, and the rows [n, K, D]; they are now in memory, too."""
         started = time.perf_counter()
+        wanted = {row: key for row, key in missing.items() if key is not None}
         values = await remote.fetch(redis_names(layer, list(wanted.values()))) if wanted else []
         found = {row: value for row, value in zip(wanted, values, strict=True) if value is not None}
         rows = self._decode(list(found.values()))
-        if found:
-            self._memory.put([wanted[row] for row in found], rows)
-        if wanted:
-            self._meter.looked_up("redis", len(found), len(wanted) - len(found), time.perf_counter() - started)
+        self._memory.put([wanted[row] for row in found], rows)
+        self._meter.looked_up("redis", len(found), len(missing) - len(found), time.perf_counter() - started)
         return list(found), rows
 
-    def _keep(self, layer: int, computed: Mapping[int, bytes], by_token: Tensor) -> None:
+    def _keep(self, layer: int, computed: Mapping[int, bytes | None], by_token: Tensor) -> None:
         """Keep these rows of ``by_token`` [T, K, D] under their keys."""
-        if computed:
+        kept = {row: key for row, key in computed.items() if key is not None}
+        if kept:
             # The way through float32 and back has changed none of them.
-            rows, keys = by_token[list(computed)].to(self._dtype), list(computed.values())  # [n, K, D]
+            rows, keys = by_token[list(kept)].to(self._dtype), list(kept.values())  # [n, K, D]
             self._memory.put(keys, rows)
             if self.remote is not None:
                 self.remote.store(redis_names(layer, keys), rows.view(torch.uint8).numpy().tobytes())

@@ -47,6 +47,8 @@ class MemoryCache:
     def put(self, keys: Sequence[bytes], rows: Tensor) -> None:
         """Keep ``rows`` [n, K, D], as many as fit; what is known already is the same row."""
         count = min(len(keys), len(self._rows))
+        if not count:
+            return
         written: list[int] = []
         places: list[int] = []
         for position in range(len(keys) - count, len(keys)):
