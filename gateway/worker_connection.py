@@ -166,7 +166,10 @@ class WorkerConnection:
 
     async def _write(self, stream: _Stream) -> None:
         while True:
-            await stream.write(await self._outgoing.get())
+            try:
+                await stream.write(await self._outgoing.get())
+            except asyncio.InvalidStateError:
+                return
 
     async def _read(self, stream: _Stream) -> None:
         async for response in stream:

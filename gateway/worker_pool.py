@@ -109,12 +109,12 @@ class WorkerPool:
 
     async def _close(self, endpoint: str, address: str) -> None:
         self._named_by[address].discard(endpoint)
-        if self._named_by[address]:
+        if self._named_by[address] or address not in self._tasks:
             return
         task = self._tasks.pop(address)
+        del self._connections[address]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        del self._connections[address]
         self._publish()
 
     def _publish(self) -> None:

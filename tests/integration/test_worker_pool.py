@@ -159,6 +159,11 @@ class Gateway:
                 pytest.fail(f"not seen; the last view is {self.views[-1:]}")
         return self.views[-1]
 
+    async def until_now(self) -> None:
+        """Take everything that has been posted."""
+        while self.mailbox.receive(0):
+            pass
+
     async def outcome(self, call: Completion[Reply]) -> Reply:
         async def wait() -> Reply:
             return await call
@@ -281,6 +286,34 @@ async def test_an_address_that_two_endpoints_name_stays_until_neither_does(names
             view = await gateway.until(connected())
             await asyncio.wait_for(worker.closed.get(), SECONDS)
             names.known["one"] = {worker.address}
+            await gateway.until(connected(worker))
+
+
+async def test_an_address_that_moves_from_one_name_to_another_is_not_lost(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "RESOLVE_INTERVAL", 0.0)  # one looks while the other still closes
+    async with serving(describe()) as (worker,):
+        names.known |= {"one": {worker.address}, "two": set()}
+        async with following("one:1", "two:1") as gateway:
+            await gateway.until(connected(worker))
+            for old, new in (("one", "two"), ("two", "one")):
+                names.known |= {old: set(), new: {worker.address}}
+                await names.looked_up("one")
+                await names.looked_up("two")
+                await gateway.until_now()
+                await gateway.until(connected(worker))
+
+
+async def test_a_name_that_two_groups_have_may_lose_its_addresses(names: Names) -> None:
+    async with serving(describe()) as (worker,):
+        names.known["experts"] = {worker.address}
+        async with following("experts:1", "experts:1") as gateway:
+            await gateway.until(connected(worker))
+            names.known["experts"] = set()
+            await gateway.until(connected())
+            await names.looked_up("experts")
+            names.known["experts"] = {worker.address}
             await gateway.until(connected(worker))
 
 
