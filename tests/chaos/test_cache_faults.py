@@ -13,7 +13,7 @@ import torch
 
 from gateway.cache.breaker import FAILURES
 from gateway.cache.value import RowCodec
-from tests.cached_gateways import PROMPTS, CachedGateway, cached_gateway, plain_gateway
+from tests.cached_gateways import PROMPTS, ROWS, CachedGateway, cached_gateway, plain_gateway
 from tests.stack import Process, running, worker_argv
 from tests.tiny_models import save_mixtral
 from tests.valkey import listed_keys, slow_proxy, valkey
@@ -76,7 +76,7 @@ def test_slow(start: Any, expected: list[dict[str, Any]]) -> None:
         proxy.delay = 2.0
         gateway.wait_for(lambda: gateway.breaker("read") == "open", busy=True)
         assert gateway.complete_all() == expected[:-1]
-        gateway.wait_for(lambda: gateway.rows("redis") > before + 500)
+        gateway.wait_for(lambda: gateway.rows("redis") >= before + ROWS)
         # Only what opens the breaker was waited for, each for the timeout; without it there were hundreds of lookups.
         spent = gateway.metric("consilium_cache_lookup_seconds_total", tier="redis") - spent
         assert spent < 2.0, f"{spent} s, and a single answer takes 2 s"
