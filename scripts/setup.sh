@@ -13,8 +13,7 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-# Compiling every module ahead takes longer than compiling those that are used, when they first are.
-install() { pip install -qq --no-compile "$@"; }
+install() { pip install -qq "$@"; }
 
 find_python() {
     local name
