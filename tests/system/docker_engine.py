@@ -73,7 +73,14 @@ class Deployment:
     def foreign_images(self) -> dict[str, str]:
         """The images that are not built here, by service."""
         services = self.config()["services"]
-        return {name: service["image"] for name, service in services.items() if "build" not in service}
+        ours = {service["image"] for service in services.values() if "build" in service}
+        return {name: service["image"] for name, service in services.items() if service["image"] not in ours}
+
+    def build(self) -> None:
+        """Build our images, one after the other: side by side each build would install torch for itself."""
+        for name, service in self.config()["services"].items():
+            if "build" in service:
+                self.compose("build", name)
 
     def up(self) -> None:
         """Start what is not running, and return once everything is healthy; fails with the logs."""

@@ -51,7 +51,7 @@ def deployments(
     folder = tmp_path_factory.mktemp("compose")
     made = {file: describe(PROJECT / file, folder) for file in FILES}
     started = time.monotonic()
-    made[FILES[0]].compose("build")
+    made[FILES[0]].build()
     seconds = time.monotonic() - started
     findings.append(f"images built in {seconds:.0f} s, less what Docker {engine} had in its cache")
     images = made[FILES[0]].foreign_images()
