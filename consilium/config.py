@@ -122,7 +122,7 @@ class CacheConfig(Section):
         None, description="redis://, rediss:// or unix:// URL of a Redis to share rows through; may hold a password"
     )
     timeout: Duration = Field(
-        0.005, gt=0, le=1, description="longest wait for 32 rows from Redis; after that they are computed"
+        0.02, gt=0, le=1, description="longest wait for 32 rows from Redis; after that they are computed"
     )
     ttl: Duration | None = Field(None, ge=0.001, description="how long Redis keeps a row; by default it decides itself")
     salt: SecretStr = Field(SecretStr(""), description="deployments with different salts never share a row")
