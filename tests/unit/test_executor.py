@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_frame_is_the_same_in_batches_of_any_size(max_batch: int, quantization
         sent = Frame(frame.layer, rows, scales, frame.experts, frame.offsets, frame.indices)
     call = encode_call(sent, 1)
     found = [
-        decode_result(make_computer(each, quantization).compute(call, 0.0, no_check), 10, HIDDEN, torch.float32)
+        decode_result(make_computer(each, quantization).compute(call, time.monotonic(), no_check), 10, HIDDEN, torch.float32)
         for each in (max_batch, 4096)
     ]
     assert torch.equal(*found)
@@ -66,22 +67,22 @@ def test_a_frame_is_the_same_in_batches_of_any_size(max_batch: int, quantization
 
 def test_a_frame_without_rows() -> None:
     for frame in (make_frame(experts=()), make_frame(rows=0)):
-        result = make_computer().compute(encode_call(frame, 1), 0.0, no_check)
+        result = make_computer().compute(encode_call(frame, 1), time.monotonic(), no_check)
         assert decode_result(result, 0, HIDDEN, torch.float32).shape == (0, HIDDEN)
 
 
 def test_experts_that_are_not_held() -> None:
     computer = make_computer()
     with pytest.raises(StalePlacement, match=r"experts 2, 3 of layer 3 .* holds 0, 1, 4"):
-        computer.compute(encode_call(make_frame(experts=(0, 2, 3)), 1), 0.0, no_check)
+        computer.compute(encode_call(make_frame(experts=(0, 2, 3)), 1), time.monotonic(), no_check)
     call = make_call()
     call.layer = 7
     with pytest.raises(StalePlacement, match=r"layer 7 .* holds layers 3"):
-        computer.compute(call, 0.0, no_check)
+        computer.compute(call, time.monotonic(), no_check)
     call = make_call()
     call.weight_version = "x"
     with pytest.raises(StalePlacement, match="weight version 'x'"):
-        computer.compute(call, 0.0, no_check)
+        computer.compute(call, time.monotonic(), no_check)
 
 
 def test_a_call_or_a_result_over_the_largest_frame() -> None:
@@ -229,7 +230,7 @@ def test_the_deadline_is_looked_at_between_batches() -> None:
                 raise DeadlineExceeded("late")
 
         with pytest.raises(DeadlineExceeded):
-            computer.compute(make_call(), 0.0, check)
+            computer.compute(make_call(), time.monotonic(), check)
         assert batches == 3
 
     asyncio.run(body())
