@@ -57,7 +57,9 @@ def test_a_frame_is_the_same_in_batches_of_any_size(max_batch: int, quantization
         sent = Frame(frame.layer, rows, scales, frame.experts, frame.offsets, frame.indices)
     call = encode_call(sent, 1)
     found = [
-        decode_result(make_computer(each, quantization).compute(call, time.monotonic(), no_check), 10, HIDDEN, torch.float32)
+        decode_result(
+            make_computer(each, quantization).compute(call, time.monotonic(), no_check), 10, HIDDEN, torch.float32
+        )
         for each in (max_batch, 4096)
     ]
     assert torch.equal(*found)
