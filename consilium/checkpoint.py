@@ -1,21 +1,25 @@
-"""A Hugging Face folder, read lazily by tensor name: safetensors only, sharded or single.
+"""A Hugging Face folder, read lazily by tensor name: safetensors only, sharded or single, in float or in int8.
 
 Files are mapped into memory, so reading a tensor reads its own bytes and no others; that also holds for one expert
-out of a tensor that fuses all experts of a layer. Letters: D hidden size, E experts, F expert FFN size.
+out of a tensor that fuses all experts of a layer. Tensors are views of the mapped file: processes share its pages.
+Letters: D hidden size, E experts, F expert FFN size, N output channels, K what is summed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from consilium.compressed_tensors import scale_name
 from consilium.errors import CheckpointError
 from consilium.families import ExpertLayout
 from consilium.model_folder import read_json, read_model_folder
+from consilium.quantization import Quantized
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,11 +28,21 @@ FLOAT_KINDS = ("F32", "BF16", "F16", "F64")
 
 
 class ExpertTensors(NamedTuple):
-    """The three matrices of one FFN, in the checkpoint's own dtype."""
+    """The three matrices of one FFN, in the checkpoint's own dtype or in int8."""
 
-    gate: Tensor  # [F, D]
-    up: Tensor  # [F, D]
-    down: Tensor  # [D, F]
+    gate: Tensor | Quantized  # [F, D]
+    up: Tensor | Quantized  # [F, D]
+    down: Tensor | Quantized  # [D, F]
+
+    def floats(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same three where they are floats. Raises CheckpointError where they are int8 on disk."""
+        gate, up, down = self
+        if isinstance(gate, Quantized) or isinstance(up, Quantized) or isinstance(down, Quantized):
+            raise CheckpointError(
+                "these weights are int8 on disk, and `none` computes in floats; use quantization int8 or "
+                "int8-weight-only, or the float checkpoint they were made from"
+            )
+        return gate, up, down
 
 
 class Checkpoint:
@@ -44,6 +58,7 @@ class Checkpoint:
         self.raw = model.raw
         self.config = model.config
         self.names = model.family.names
+        self.int8 = model.int8
         self.fingerprint = model.fingerprint
         self._open_files: dict[str, Any] = {}
         self._file_of = self._read_index()
@@ -56,9 +71,27 @@ class Checkpoint:
         return tuple(self._slice(name).get_shape())
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The whole tensor in its dtype on disk. Raises CheckpointError when it is not a float tensor of ``shape``."""
-        whole: Tensor = self._checked(name, shape)[:]
-        return whole
+        """The whole tensor in its dtype on disk.
+
+        Raises CheckpointError when it is not a tensor of ``shape`` that holds finite floats.
+        """
+        return self._finite(name, self._checked(name, shape)[:])
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Tensor | Quantized:
+        """A weight matrix [N, K]: as ``tensor``, or int8 with its scales where the checkpoint holds it so.
+
+        Raises CheckpointError when it is neither, or when the scales do not fit it.
+        """
+        if not self.int8 or self._slice(name).get_dtype() in FLOAT_KINDS:
+            return self.tensor(name, shape)
+        values: Tensor = self._checked(name, shape, ("I8",))[:]
+        scales = self.tensor(scale_name(name), (shape[0], 1)).float().view(-1)  # [N]
+        if (scales < 0).any():
+            row = int((scales < 0).nonzero()[0])
+            raise CheckpointError(
+                f"{self._place(scale_name(name))}: expected scales of 0 and more, found {scales[row]:g} in row {row}"
+            )
+        return Quantized(values, scales)
 
     def expert(self, layer: int, expert: int) -> ExpertTensors:
         """One expert of a layer that routes; of fused tensors only this expert's part is read."""
@@ -67,10 +100,10 @@ class Checkpoint:
         if not layout.fused:
             return self._separate(layout, layer, expert, config.expert_size)
         experts, size, hidden = config.num_experts, config.expert_size, config.hidden_size
-        fused = self._checked(layout.gate_up.format(layer=layer), (experts, 2 * size, hidden))  # [E, 2F, D]
-        down = self._checked(layout.down.format(layer=layer), (experts, hidden, size))  # [E, D, F]
-        gate_up = fused[expert]  # [2F, D]
-        return ExpertTensors(gate_up[:size], gate_up[size:], down[expert])
+        fused, out = layout.gate_up.format(layer=layer), layout.down.format(layer=layer)
+        gate_up = self._finite(fused, self._checked(fused, (experts, 2 * size, hidden))[expert], expert)  # [2F, D]
+        down = self._finite(out, self._checked(out, (experts, hidden, size))[expert], expert)  # [D, F]
+        return ExpertTensors(gate_up[:size], gate_up[size:], down)
 
     def dense(self, layer: int) -> ExpertTensors:
         """The FFN of a layer that does not route. Raises CheckpointError when the family has none."""
@@ -81,9 +114,9 @@ class Checkpoint:
     def _separate(self, layout: ExpertLayout, layer: int, expert: int, size: int) -> ExpertTensors:
         hidden = self.config.hidden_size
         return ExpertTensors(
-            self.tensor(layout.gate.format(layer=layer, expert=expert), (size, hidden)),
-            self.tensor(layout.up.format(layer=layer, expert=expert), (size, hidden)),
-            self.tensor(layout.down.format(layer=layer, expert=expert), (hidden, size)),
+            self.matrix(layout.gate.format(layer=layer, expert=expert), (size, hidden)),
+            self.matrix(layout.up.format(layer=layer, expert=expert), (size, hidden)),
+            self.matrix(layout.down.format(layer=layer, expert=expert), (hidden, size)),
         )
 
     def _layout(self, layer: int, expert: int) -> ExpertLayout:
@@ -94,14 +127,30 @@ class Checkpoint:
         tried = ", ".join(layout.down.format(layer=layer, expert=expert) for layout in self.names.experts)
         raise CheckpointError(f"{self.folder}: expert {expert} of layer {layer} is missing; looked for {tried}")
 
-    def _checked(self, name: str, shape: tuple[int, ...]) -> Any:
+    def _checked(self, name: str, shape: tuple[int, ...], kinds: Sequence[str] = FLOAT_KINDS) -> Any:
         part = self._slice(name)
-        place = f"{self.folder / self._file_of[self._spelling(name)]}: tensor {name}"
         if tuple(part.get_shape()) != shape:
-            raise CheckpointError(f"{place}: expected shape {list(shape)}, found {part.get_shape()}")
-        if part.get_dtype() not in FLOAT_KINDS:
-            raise CheckpointError(f"{place}: expected one of {', '.join(FLOAT_KINDS)}, found {part.get_dtype()}")
+            raise CheckpointError(
+                f"{self._place(name)}: expected shape {list(shape)}, found {part.get_shape()}; does config.json belong "
+                "to these weights?"
+            )
+        if part.get_dtype() not in kinds:
+            raise CheckpointError(f"{self._place(name)}: expected one of {', '.join(kinds)}, found {part.get_dtype()}")
         return part
+
+    def _finite(self, name: str, part: Tensor, *leading: int) -> Tensor:
+        """``part`` of tensor ``name`` (at index ``leading``), once it is seen to hold no NaN and no infinity."""
+        if part.numel() == 0 or torch.stack(torch.aminmax(part)).isfinite().all():  # NaN comes through a minimum
+            return part
+        bad = part.isfinite().logical_not_().nonzero()  # [count, dimensions]
+        index = [*leading, *bad[0].tolist()]
+        raise CheckpointError(
+            f"{self._place(name)}: expected finite numbers, found {part[tuple(bad[0])].item()} at {index} and "
+            f"{len(bad)} such in all; download the checkpoint again"
+        )
+
+    def _place(self, name: str) -> str:
+        return f"{self.folder / self._file_of[self._spelling(name)]}: tensor {name}"
 
     def _slice(self, name: str) -> Any:
         """A handle on the tensor that reads nothing yet."""

@@ -106,8 +106,9 @@ class Int8Arithmetic:
         self._product = product
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
-        gate_up = torch.cat([tensors.gate.float(), tensors.up.float()])  # [2F, D]
-        return ExpertWeights(quantization.quantize_weight(gate_up), quantization.quantize_weight(tensors.down))
+        gate, up, down = tensors.floats()
+        gate_up = torch.cat([gate.float(), up.float()])  # [2F, D]
+        return ExpertWeights(quantization.quantize_weight(gate_up), quantization.quantize_weight(down))
 
     def compute(
         self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None
@@ -142,8 +143,9 @@ class FloatArithmetic:
         self.numerics_class = f"{kind}/cpu/{isa}/torch-{torch.__version__}/threads-{threads}/{ARITHMETIC_VERSION}"
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
-        gate_up = torch.cat([tensors.gate, tensors.up]).to(self.row_dtype)  # [2F, D] copied by cat
-        return ExpertWeights(gate_up, tensors.down.to(self.row_dtype, copy=True))
+        gate, up, down = tensors.floats()
+        gate_up = torch.cat([gate, up]).to(self.row_dtype)  # [2F, D] copied by cat
+        return ExpertWeights(gate_up, down.to(self.row_dtype, copy=True))
 
     def compute(
         self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from consilium.compressed_tensors import check_quantization_config
 from consilium.errors import CheckpointError
 from consilium.families import Family, find_family, parse_config
 from consilium.model_config import ModelConfig
@@ -21,6 +22,7 @@ class ModelFolder:
     raw: dict[str, Any]
     config: ModelConfig
     family: Family
+    int8: bool  # whether its matrices are int8 on disk (consilium.compressed_tensors)
     fingerprint: str  # hex SHA-256 over the canonical form of config.json: equal for equal content, however written
 
 
@@ -30,13 +32,15 @@ def read_model_folder(path: Path) -> ModelFolder:
     Raises CheckpointError that names the file and the key.
     """
     raw = read_json(path / "config.json")
-    _refuse_quantized(path, raw)
+    stated = raw.get("quantization_config")
+    if stated:
+        check_quantization_config(path / "config.json", stated)
     config = parse_config(raw)
     if (path / "generation_config.json").is_file():
-        stated = read_json(path / "generation_config.json").get("eos_token_id")
-        if stated is not None:  # it wins: chat models often add their end-of-turn token only here
-            config = replace(config, eos_token_ids=_token_ids(path / "generation_config.json", stated))
-    return ModelFolder(path, raw, config, find_family(raw), _fingerprint(raw))
+        eos = read_json(path / "generation_config.json").get("eos_token_id")
+        if eos is not None:  # it wins: chat models often add their end-of-turn token only here
+            config = replace(config, eos_token_ids=_token_ids(path / "generation_config.json", eos))
+    return ModelFolder(path, raw, config, find_family(raw), bool(stated), _fingerprint(raw))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -57,16 +61,6 @@ def read_json(file: Path) -> dict[str, Any]:
 def _fingerprint(raw: dict[str, Any]) -> str:
     canonical = json.dumps(raw, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _refuse_quantized(path: Path, raw: dict[str, Any]) -> None:
-    stated = raw.get("quantization_config")
-    if stated:
-        method = stated.get("quant_method", "unnamed") if isinstance(stated, dict) else stated
-        raise CheckpointError(
-            f"{path / 'config.json'}: checkpoints quantized with {method!r} are not supported; use the model's "
-            "float32, float16 or bfloat16 checkpoint (Consilium quantizes to int8 itself as it loads)"
-        )
 
 
 def _token_ids(file: Path, stated: object) -> tuple[int, ...]:

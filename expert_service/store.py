@@ -7,10 +7,8 @@ import time
 from collections.abc import Collection, Sequence
 from itertools import product
 
-import torch
-
 from consilium.checkpoint import Checkpoint
-from consilium.errors import CheckpointError, StalePlacement
+from consilium.errors import StalePlacement
 from consilium.experts import Arithmetic, ExpertWeights
 
 logger = logging.getLogger(__name__)
@@ -50,28 +48,17 @@ def load_store(
 ) -> ExpertStore:
     """Read and prepare ``experts`` of every one of ``layers``, logging progress.
 
-    Raises CheckpointError that names the expert when a tensor is missing, of a wrong shape, or not finite.
+    Raises CheckpointError that names the file and the tensor when one is missing, of a wrong shape, or not finite.
     """
     store = ExpertStore(layers)
     total, next_line = len(layers) * len(experts), time.monotonic() + PROGRESS_SECONDS
     for done, (layer, expert) in enumerate(product(layers, experts)):
-        store.add(layer, expert, _load_expert(checkpoint, layer, expert, arithmetic))
+        store.add(layer, expert, arithmetic.prepare(checkpoint.expert(layer, expert)))
         if time.monotonic() > next_line:
             logger.info("loaded %d of %d experts", done + 1, total)
             next_line = time.monotonic() + PROGRESS_SECONDS
     logger.info("holding %d experts in %d layers, %.1f MiB", total, len(layers), store.nbytes / 2**20)
     return store
-
-
-def _load_expert(checkpoint: Checkpoint, layer: int, expert: int, arithmetic: Arithmetic) -> ExpertWeights:
-    tensors = checkpoint.expert(layer, expert)
-    for name, tensor in tensors._asdict().items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{checkpoint.folder}: the {name} matrix of expert {expert} in layer {layer} holds NaN or infinity; "
-                "download the checkpoint again"
-            )
-    return arithmetic.prepare(tensors)
 
 
 def _brief(numbers: Collection[int]) -> str:

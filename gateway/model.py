@@ -28,7 +28,7 @@ class DenseLayer:
     """The FFN of a layer that does not route (SwiGLU, Shazeer 2020)."""
 
     def __init__(self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> None:
-        gate, up, down = checkpoint.dense(layer)
+        gate, up, down = checkpoint.dense(layer).floats()
         self._gate, self._up, self._down = gate.to(dtype), up.to(dtype), down.to(dtype)
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002 (the protocol's; nothing can fail here)

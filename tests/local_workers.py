@@ -22,7 +22,7 @@ def reference_rows(checkpoint: Checkpoint, frame: Frame) -> Tensor:
     """What a float32 worker answers to ``frame``: [P, D], written as plainly as it can be."""
     rows = []
     for position, expert in enumerate(frame.experts):
-        gate, up, down = (each.float() for each in checkpoint.expert(frame.layer, expert))
+        gate, up, down = (each.float() for each in checkpoint.expert(frame.layer, expert).floats())
         indices = frame.indices[frame.offsets[position] : frame.offsets[position + 1]].long()
         x = frame.rows[indices]
         rows.append((nn.silu(x @ gate.T) * (x @ up.T)) @ down.T)

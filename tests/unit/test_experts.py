@@ -36,7 +36,7 @@ def inputs(arithmetic: Arithmetic, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def reference(tensors: ExpertTensors, x: Tensor) -> Tensor:
-    gate, up, down = (tensor.double() for tensor in tensors)
+    gate, up, down = (tensor.double() for tensor in tensors.floats())
     return (functional.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ down.T
 
 
@@ -63,10 +63,11 @@ def test_int8_is_the_definition_step_by_step() -> None:
         (a, scale_a), (b, scale_b) = quantize_rows(rows), quantize_rows(weight)
         return ((a.long() @ b.long().T).float() * scale_a[:, None]) * scale_b
 
-    gate, up = product(x, tensors.gate), product(x, tensors.up)
+    gate_weight, up_weight, down_weight = tensors.floats()
+    gate, up = product(x, gate_weight), product(x, up_weight)
     activated = torch.from_numpy(gate.numpy() / (exp(-gate.numpy()) + np.float32(1))) * up
     found = compute_expert(arithmetic, arithmetic.prepare(tensors), *quantize_rows(x))
-    assert torch.equal(found, product(activated, tensors.down))
+    assert torch.equal(found, product(activated, down_weight))
     rounded = find_arithmetic("int8", "bfloat16", HIDDEN, SIZE)
     assert torch.equal(compute_expert(rounded, rounded.prepare(tensors), *quantize_rows(x)), found.bfloat16())
 
@@ -114,7 +115,7 @@ def test_weights_are_copied(quantization: Quantization, dtype: RowDType) -> None
     tensors = expert(5, arithmetic.reply_dtype)
     weights = arithmetic.prepare(tensors)
     before = weights.content_hash()
-    for tensor in tensors:
+    for tensor in tensors.floats():
         tensor.zero_()
     assert weights.content_hash() == before
 
@@ -128,7 +129,7 @@ def test_the_content_hash_tells_weights_apart(quantization: Quantization, dtype:
     hashes = {first}
     for changed in range(3):
         tensors = expert(6)
-        tensors[changed][1, 2] += 1
+        tensors.floats()[changed][1, 2] += 1
         hashes.add(arithmetic.prepare(tensors).content_hash())
     assert len(hashes) == 4
 
