@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from consilium.checkpoint import SINGLE_FILE, Checkpoint
+from consilium.checkpoint import Checkpoint
 from consilium.errors import ExpertUnavailable
 from consilium.frames import Frame
 from gateway.engine import Engine
@@ -35,11 +33,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder: Path = save_mixtral(tmp_path_factory.mktemp("damaged"))
-    tensors = load_file(folder / SINGLE_FILE)
-    tensors["model.embed_tokens.weight"][DAMAGED] = torch.nan
-    save_file(tensors, folder / SINGLE_FILE, {"format": "pt"})
-    return Checkpoint(folder)
+    """A sound checkpoint whose embedding goes bad in memory: one that is bad on disk is refused."""
+
+    class Damaged(Checkpoint):
+        def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+            whole = super().tensor(name, shape)
+            if name == self.names.embed:
+                whole = whole.clone()
+                whole[DAMAGED] = torch.nan
+            return whole
+
+    return Damaged(save_mixtral(tmp_path_factory.mktemp("damaged")))
 
 
 @dataclass
