@@ -12,7 +12,7 @@ import torch.nn.functional as nn
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
-from gateway.kv_cache import KVCache
+from gateway.kv_cache import BLOCK, KVCache, blocks_for
 from gateway.rope import apply_rope
 
 
@@ -93,11 +93,13 @@ class Attention:
     def _attend(self, segment: Segment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[n, H, d] queries of one sequence over all it has seen -> [n, H, d]."""
         start, stop = segment.position, segment.position + segment.length
-        keys, values = segment.cache.data[self._layer]  # [Hkv, capacity, d]
-        keys[:, start:stop] = k.transpose(0, 1)
+        keys, values = segment.cache.keys[self._layer], segment.cache.values[self._layer]
+        positions = torch.arange(start, stop)
+        keys[:, positions // BLOCK, :, positions % BLOCK] = k
         values[:, start:stop] = v.transpose(0, 1)
         first = 0 if self._window is None else max(0, start + 1 - self._window)
-        keys, values = keys[None, :, first:stop], values[None, :, first:stop]  # [1, Hkv, S, d]
+        keys = keys[:, : blocks_for(stop)].transpose(2, 3).flatten(1, 2)[None, :, first:stop]  # [1, Hkv, S, d]
+        values = values[None, :, first:stop]  # [1, Hkv, S, d]
         if segment.length == 1:  # the heads of one group are as good as so many query rows: nothing is expanded
             groups = q.view(1, self._kv_heads, -1, self._head_dim)  # [1, Hkv, H / Hkv, d]
             return nn.scaled_dot_product_attention(groups, keys, values).view(1, self._heads, self._head_dim)

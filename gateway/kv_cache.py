@@ -1,6 +1,6 @@
-"""Keys and values: one contiguous tensor per sequence, and the accounting that bounds them all.
+"""Keys and values: contiguous tensors per sequence, and the accounting that bounds them all.
 
-Gathering pages would copy the cache at every step on a CPU. A sequence's tensor instead has room for its longest
+Gathering pages would copy the cache at every step on a CPU. A sequence's tensors instead have room for its longest
 possible length from the start; the system commits its memory page by page as positions are written, and the pool
 counts those in blocks.
 """
@@ -16,14 +16,15 @@ from consilium.errors import ConfigError
 from consilium.model_config import ModelConfig
 from consilium.units import format_size
 
-BLOCK = 16  # tokens; accounting only
+BLOCK = 16  # positions: the unit of the accounting, and of the keys' layout
 
 
 @dataclass(slots=True)
 class KVCache:
-    """Keys and values of one sequence: [L, 2, Hkv, capacity, d], of which ``blocks`` are paid for."""
+    """Keys and values of one sequence, of which ``blocks`` are paid for; contiguous, committed as they are written."""
 
-    data: Tensor
+    keys: Tensor  # [L, Hkv, blocks, d, BLOCK]: a query's products with the keys of one block lie side by side
+    values: Tensor  # [L, Hkv, blocks * BLOCK, d]
     blocks: int
 
     @property
@@ -31,12 +32,17 @@ class KVCache:
         """Positions that may be written."""
         return self.blocks * BLOCK
 
+    @property
+    def capacity(self) -> int:
+        """Positions there is address space for."""
+        return self.values.shape[2]
+
 
 class KVPool:
     """Hands out caches within a memory budget."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, memory: int) -> None:
-        self._shape = (config.num_layers, 2, config.num_kv_heads)
+        self._shape = (config.num_layers, config.num_kv_heads)
         self._head_dim = config.head_dim
         self._dtype = dtype
         bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
@@ -62,8 +68,10 @@ class KVPool:
         """A cache with ``tokens`` positions paid for and address space for ``capacity``."""
         blocks = blocks_for(tokens)
         self.free_blocks -= blocks
-        data = torch.empty((*self._shape, capacity, self._head_dim), dtype=self._dtype)
-        return KVCache(data, blocks)
+        room = blocks_for(capacity)
+        keys = torch.empty((*self._shape, room, self._head_dim, BLOCK), dtype=self._dtype)
+        values = torch.empty((*self._shape, room * BLOCK, self._head_dim), dtype=self._dtype)
+        return KVCache(keys, values, blocks)
 
     def grow(self, cache: KVCache, tokens: int) -> bool:
         """Pay for ``tokens`` positions in all; False, with nothing changed, when there is no room."""
