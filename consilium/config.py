@@ -32,6 +32,7 @@ ENDPOINT_SCHEME = "grpc://"
 _ENDPOINT = re.compile(re.escape(ENDPOINT_SCHEME) + r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
 Quantization = Literal["none", "int8"]
+DenseQuantization = Literal["none", "int8"]
 RowDType = Literal["float32", "bfloat16"]
 
 
@@ -66,6 +67,9 @@ class GatewayConfig(Section):
     kv_cache_memory: Size = Field(2 * 2**30, ge=2**20, description="memory for keys and values")
     layer_timeout: Duration = Field(60.0, gt=0, description="most time a layer waits for its experts, with retries")
     threads: int | None = Field(None, ge=1, description="compute threads of the engine; all cores by default")
+    dense_quantization: DenseQuantization | None = Field(
+        None, description="arithmetic of the projections and the head; int8 by default where the experts are"
+    )
     metrics_all_experts: bool = Field(False, description="a series for every (layer, expert), not for 20 and the rest")
     drain_timeout: Duration = Field(30.0, ge=0, description="how long running requests may go on after SIGTERM")
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from consilium.errors import CheckpointError
-from consilium.integer_product import MAX_SUMMED, IntegerProduct
 
 LEVELS = 127
+# int32 holds the sum of this many products of 128 · 128.
+MAX_SUMMED = (2**31 - 1) // 128**2
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
@@ -59,9 +60,3 @@ def quantize_weight(w: Tensor) -> Quantized:
     if w.shape[1] > MAX_SUMMED:
         raise CheckpointError(f"rows of {w.shape[1]} weights are too long for int8 (at most {MAX_SUMMED})")
     return quantize_rows(w)
-
-
-def multiply(x: Quantized, w: Quantized, product: IntegerProduct) -> Tensor:
-    """x [M, K] times the transpose of w [N, K], as float32 [M, N]."""
-    sums = product.multiply(x.values, w.values)  # [M, N] int32
-    return (sums.float() * x.scales[:, None]).mul_(w.scales)  # [M, N]

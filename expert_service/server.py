@@ -13,10 +13,11 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
 from consilium.config import Config, ExpertGroupConfig
 from consilium.errors import ConfigError
-from consilium.experts import Arithmetic, find_arithmetic
+from consilium.experts import Arithmetic
 from consilium.frames import PROTOCOL_VERSION
 from consilium.models import resolve_model
 from consilium.rpc import ErrorInterceptor, server_options

@@ -25,6 +25,7 @@ from consilium.model_config import ModelConfig
 from consilium.models import resolve_model
 from consilium.telemetry import setup_logging
 from consilium.wire import ROW_DTYPES, WIRE_DTYPES
+from gateway.arithmetic import find_arithmetic
 from gateway.dispatcher import Dispatcher
 from gateway.engine import Engine
 from gateway.expert_meter import ExpertMeter
@@ -68,7 +69,7 @@ class EngineProcess:
         pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
         self._cache = self._make_cache(dtype)
         self._engine = Engine(
-            Model(self._checkpoint, dtype, self._cache or self._dispatcher, int8=config.quantization == "int8"),
+            Model(self._checkpoint, find_arithmetic(config, self._checkpoint.config), self._cache or self._dispatcher),
             Scheduler(pool, config.gateway.max_running, config.gateway.max_step_tokens),
             self._dispatcher,
             self._mailbox,

@@ -12,8 +12,11 @@ import torch.nn.functional as nn
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
+from consilium.silu import silu_and_multiply
+from gateway.arithmetic import Arithmetic
 from gateway.attention import Attention, Batch, Segment
 from gateway.dispatcher import ExpertSource
+from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
 from gateway.rope import Rope
 
@@ -27,30 +30,30 @@ class FeedForward(Protocol):
 class DenseLayer:
     """The FFN of a layer that does not route (SwiGLU, Shazeer 2020)."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> None:
-        gate, up, down = checkpoint.dense(layer).floats()
-        self._gate, self._up, self._down = gate.to(dtype), up.to(dtype), down.to(dtype)
+    def __init__(self, checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> None:
+        gate, up, down = checkpoint.dense(layer)
+        self._gate, self._up, self._down = maker.make([gate]), maker.make([up]), maker.make([down])
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002 (the protocol's; nothing can fail here)
         """[T, D] -> [T, D]."""
-        return nn.linear(nn.silu(nn.linear(x, self._gate)) * nn.linear(x, self._up), self._down)
+        hidden = silu_and_multiply(self._gate.forward(x).float(), self._up.forward(x).float())
+        return self._down.forward(hidden.to(x.dtype))
 
 
 class Block:
     """Attention, then feed-forward, each on the normed residual stream."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, experts: ExpertSource, *, int8: bool
-    ) -> None:
-        config, names = checkpoint.config, checkpoint.names
+    def __init__(self, checkpoint: Checkpoint, layer: int, arithmetic: Arithmetic, experts: ExpertSource) -> None:
+        config, names, dtype = checkpoint.config, checkpoint.names, arithmetic.residual_dtype
+        maker = LinearMaker(dtype, arithmetic.dense)
         self._input_norm = _norm_weight(checkpoint, names.input_norm.format(layer=layer), dtype)
         self._post_norm = _norm_weight(checkpoint, names.post_norm.format(layer=layer), dtype)
         self._eps = config.rms_norm_eps
-        self._attention = Attention(checkpoint, layer, dtype)
+        self._attention = Attention(checkpoint, layer, maker)
         self._feed_forward: FeedForward = (
-            MoELayer(checkpoint, layer, experts, int8=int8)
+            MoELayer(checkpoint, layer, experts, arithmetic)
             if config.moe_layers[layer]
-            else DenseLayer(checkpoint, layer, dtype)
+            else DenseLayer(checkpoint, layer, maker)
         )
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
@@ -62,19 +65,20 @@ class Block:
 class Model:
     """Embedding, blocks, final norm and head."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, experts: ExpertSource, *, int8: bool) -> None:
-        config, names = checkpoint.config, checkpoint.names
+    def __init__(self, checkpoint: Checkpoint, arithmetic: Arithmetic, experts: ExpertSource) -> None:
+        config, names, dtype = checkpoint.config, checkpoint.names, arithmetic.residual_dtype
         shape = (config.vocab_size, config.hidden_size)
         self._embed = checkpoint.tensor(names.embed, shape).to(dtype)  # [V, D]
-        self._head = self._embed if config.tie_embeddings else checkpoint.tensor(names.head, shape).to(dtype)
+        head = self._embed if config.tie_embeddings else checkpoint.matrix(names.head, shape)
+        self._head = LinearMaker(dtype, arithmetic.dense).make([head])
         self._norm = _norm_weight(checkpoint, names.final_norm, dtype)
-        self._eps, self._dtype, self._rope = config.rms_norm_eps, dtype, Rope(config)
-        self._blocks = [Block(checkpoint, layer, dtype, experts, int8=int8) for layer in range(config.num_layers)]
+        self._eps, self._rope = config.rms_norm_eps, Rope(config)
+        self._blocks = [Block(checkpoint, layer, arithmetic, experts) for layer in range(config.num_layers)]
 
     def batch(self, tokens: list[int], segments: list[Segment]) -> Batch:
         """The rows of one step; ``tokens`` are those of the segments, one after the other."""
         positions = torch.cat([torch.arange(each.position, each.position + each.length) for each in segments])
-        cos, sin = self._rope.tables(positions, self._dtype)
+        cos, sin = self._rope.tables(positions)
         return Batch(torch.tensor(tokens), segments, cos, sin)
 
     async def forward(self, batch: Batch) -> Tensor:
@@ -88,7 +92,7 @@ class Model:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, V] float32."""
-        return nn.linear(hidden, self._head).float()
+        return self._head.forward(hidden).float()
 
 
 def _norm_weight(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:

@@ -5,12 +5,14 @@ Letters: T tokens of the step, D hidden size, E experts, K experts per token.
 
 from __future__ import annotations
 
-import torch.nn.functional as nn
+import torch
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
-from consilium.gate import Routing, softmax_top_k
-from consilium.quantization import quantize_rows
+from consilium.gate import Routing
+from consilium.kernels import gate as kernel
+from consilium.kernels.float_tile import LANES
+from gateway.arithmetic import Arithmetic
 from gateway.attention import Batch
 from gateway.batches import combine, group_by_expert
 from gateway.dispatcher import ExpertSource
@@ -19,17 +21,20 @@ from gateway.dispatcher import ExpertSource
 class MoELayer:
     """The gate of one layer, and the way to its experts."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, experts: ExpertSource, *, int8: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: int, experts: ExpertSource, arithmetic: Arithmetic) -> None:
         config = checkpoint.config
         name = checkpoint.names.router.format(layer=layer)
-        self._gate = checkpoint.tensor(name, (config.num_experts, config.hidden_size)).float()  # [E, D]
-        self._top_k, self._normalize = config.top_k, config.normalize_top_k
-        self._layer, self._experts, self._int8 = layer, experts, int8
+        gate = checkpoint.tensor(name, (config.num_experts, config.hidden_size)).float()  # [E, D]
+        # As the kernel reads it: [D, E], filled up to whole vectors.
+        self._gate = torch.zeros(config.hidden_size, -(-config.num_experts // LANES) * LANES)
+        self._gate[:, : config.num_experts] = gate.T
+        self._num_experts, self._top_k, self._normalize = config.num_experts, config.top_k, config.normalize_top_k
+        self._layer, self._experts, self._arithmetic = layer, experts, arithmetic
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]; rows whose experts could not be had are noted in the batch."""
         routing = self.route(x)
-        rows, scales = quantize_rows(x) if self._int8 else (x, None)
+        rows, scales = self._arithmetic.expert_rows(x)
         batches = group_by_expert(rows, scales, routing)
         outputs, failures = await self._experts.dispatch(self._layer, batches)
         batch.failures.update(failures)
@@ -37,5 +42,11 @@ class MoELayer:
 
     def route(self, x: Tensor) -> Routing:
         """The experts of every row [T, D]."""
-        logits = nn.linear(x.float(), self._gate)  # [T, E]
-        return softmax_top_k(logits, self._top_k, normalize=self._normalize)
+        x = x.float().contiguous()
+        rows, hidden_size = x.shape
+        logits = torch.empty(rows, self._gate.shape[1])  # [T, E], filled up
+        ids, weights = torch.empty(rows, self._top_k, dtype=torch.int64), torch.empty(rows, self._top_k)
+        sizes = self._num_experts, self._top_k, int(self._normalize)
+        addresses = logits.data_ptr(), ids.data_ptr(), weights.data_ptr()
+        kernel.softmax_top_k(x.data_ptr(), rows, hidden_size, self._gate.data_ptr(), *sizes, *addresses)
+        return Routing(ids, weights)

@@ -12,6 +12,8 @@ from torch import Tensor
 from consilium.errors import CheckpointError
 from consilium.model_config import ModelConfig
 
+CHUNK = 1024  # positions computed at a time
+
 
 class Rope:
     """Cosines and sines by position; ``d`` is the head size, paired as (i, i + d/2)."""
@@ -27,18 +29,21 @@ class Rope:
         elif rope.rope_type == "yarn":
             inverse, scale = _yarn(inverse, rope.theta, config.max_position, rope.scaling)
         self._inverse, self._scale = inverse, scale
+        self._cos = self._sin = inverse.new_empty(0, len(inverse))  # [positions so far, d/2]
 
-    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, 1, d] for ``positions`` [T]; the middle axis broadcasts over heads."""
-        angles = positions.float()[:, None] * self._inverse  # [T, d/2]
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [T, 1, d]
-        return (angles.cos() * self._scale).to(dtype), (angles.sin() * self._scale).to(dtype)
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, d/2] float32 for ``positions`` [T], the same for a position whatever the others are."""
+        while len(self._cos) <= int(positions.max()):
+            self._grow()
+        return self._cos[positions], self._sin[positions]
 
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys [T, H, d]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    def _grow(self) -> None:
+        """The next chunk. The angles are float32 as in transformers; their functions float64, rounded once."""
+        first = len(self._cos)
+        angles = torch.arange(first, first + CHUNK, dtype=torch.float32)[:, None] * self._inverse  # [CHUNK, d/2]
+        exact = angles.double()
+        self._cos = torch.cat((self._cos, exact.cos().float() * self._scale))
+        self._sin = torch.cat((self._sin, exact.sin().float() * self._scale))
 
 
 def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:

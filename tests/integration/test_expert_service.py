@@ -14,8 +14,8 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
-from consilium.experts import find_arithmetic
 from consilium.frames import encode_call
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.tensor.v1 import tensor_pb2

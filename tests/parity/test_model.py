@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from consilium.checkpoint import Checkpoint
+from gateway.arithmetic import Arithmetic
 from gateway.attention import Segment
 from gateway.kv_cache import KVPool
 from gateway.mailbox import Mailbox
@@ -61,7 +62,7 @@ def test_log_probabilities_equal_transformers(folder: Path) -> None:
     mailbox = Mailbox(lambda event: pytest.fail(f"unexpected {event}"))
     odd, even = range(1, config.num_experts, 2), range(0, config.num_experts, 2)
     dispatcher, _ = local_dispatcher(checkpoint, mailbox, [odd, even])
-    model = Model(checkpoint, torch.float32, dispatcher, int8=False)
+    model = Model(checkpoint, Arithmetic(torch.float32), dispatcher)
     pool = KVPool(config, torch.float32, 2**24)
 
     tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(7))

@@ -13,6 +13,7 @@ from torch import Tensor
 from consilium.checkpoint import Checkpoint
 from consilium.errors import ExpertUnavailable
 from consilium.frames import Frame
+from gateway.arithmetic import Arithmetic
 from gateway.engine import Engine
 from gateway.kv_cache import BLOCK, KVPool
 from gateway.mailbox import Mailbox
@@ -87,7 +88,7 @@ class Served:
         dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts)
         memory = blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
         scheduler = Scheduler(KVPool(config, torch.float32, memory), 8, step)
-        model = Model(checkpoint, torch.float32, dispatcher, int8=False)
+        model = Model(checkpoint, Arithmetic(torch.float32), dispatcher)
         self.engine = Engine(model, scheduler, dispatcher, self.mailbox, config.eos_token_ids)
         self.stories: dict[int, Story] = {}
         self.stats: list[EngineStats] = []

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
+from consilium.arithmetics import find_arithmetic
 from consilium.errors import DeadlineExceeded, Overloaded, StalePlacement, TooLarge, WireError
-from consilium.experts import find_arithmetic
 from consilium.frames import Frame, decode_result, encode_call
 from consilium.quantization import quantize_rows
 from expert_service.executor import Answer, Executor

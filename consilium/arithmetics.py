@@ -1,0 +1,28 @@
+"""Which arithmetic a deployment computes its experts with."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from consilium.config import Quantization, RowDType
+from consilium.experts import Arithmetic
+from consilium.float_experts import FloatArithmetic
+from consilium.int8_experts import Int8Arithmetic
+from consilium.integer_product import IntegerProduct, find_integer_product
+
+DTYPES: dict[RowDType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def find_arithmetic(quantization: Quantization, dtype: RowDType, hidden_size: int, expert_size: int) -> Arithmetic:
+    """The arithmetic for a deployment, its kernels proved on this CPU. Raises ConsiliumError when none is right."""
+    if quantization == "none":
+        return FloatArithmetic(DTYPES[dtype])
+    return Int8Arithmetic(DTYPES[dtype], _proved((expert_size, hidden_size), (hidden_size, expert_size)))
+
+
+@cache
+def _proved(*weight_shapes: tuple[int, int]) -> IntegerProduct:
+    """The proof takes most of a second: once for each model in a process."""
+    return find_integer_product(weight_shapes)

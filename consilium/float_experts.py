@@ -1,0 +1,68 @@
+"""Experts in floating point: the checkpoint's weights in float32 or bfloat16, with SiLU in float32.
+
+Letters: P (token, expert) pairs, D hidden size, F expert FFN size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from consilium.checkpoint import ExpertTensors
+from consilium.experts import ARITHMETIC_VERSION, ExpertWeights
+from consilium.quantization import Quantized
+from consilium.silu import silu_and_multiply
+
+# Float products take other paths for few rows, so they always get this many: a row's bits then stay the same.
+TILE = 32
+
+
+class FloatArithmetic:
+    """``none``: products in the library's own order, in tiles of one size."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.row_dtype = dtype
+        self.reply_dtype = dtype
+        # The order of float sums is the library's own, by instruction set and number of threads.
+        kind, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+        isa = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower()
+        self.numerics_class = f"{kind}/cpu/{isa}/torch-{torch.__version__}/threads-{threads}/{ARITHMETIC_VERSION}"
+
+    def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
+        gate, up, down = (tensor.to(self.row_dtype, copy=True) for tensor in tensors.floats())
+        return ExpertWeights(gate, up, down)
+
+    def compute(
+        self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None
+    ) -> Tensor:
+        if scales is not None:
+            raise TypeError("only int8 rows come with scales")
+        outputs = []
+        for weights, (start, end) in zip(experts, pairwise(offsets), strict=True):
+            if start < end:
+                outputs.append(self._compute(weights, rows[start:end]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _compute(self, weights: ExpertWeights, x: Tensor) -> Tensor:
+        gate = tiled_linear(x, _float(weights.gate)).float()  # [P, F]
+        up = tiled_linear(x, _float(weights.up)).float()  # [P, F]
+        return tiled_linear(silu_and_multiply(gate, up).to(self.row_dtype), _float(weights.down))  # [P, D]
+
+
+def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K], M > 0, times the transpose of weight [N, K] in tiles of equal size, the last one padded with zeros."""
+    count = x.shape[0]
+    padded = functional.pad(x, (0, 0, 0, -count % TILE))
+    tiles = padded.view(-1, TILE, x.shape[1]).unbind()
+    products = [functional.linear(tile, weight) for tile in tiles]
+    return (products[0] if len(products) == 1 else torch.cat(products))[:count]  # [M, N]
+
+
+def _float(matrix: Tensor | Quantized) -> Tensor:
+    if isinstance(matrix, Quantized):
+        raise TypeError("these weights were prepared for int8")
+    return matrix

@@ -1,0 +1,94 @@
+"""Experts in W8A8 as consilium.quantization defines it, with SiLU in float32 between the products.
+
+Letters: P (token, expert) pairs, M experts, D hidden size, F expert FFN size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consilium import parallel
+from consilium.checkpoint import ExpertTensors
+from consilium.experts import ARITHMETIC_VERSION, ExpertWeights
+from consilium.integer_product import MANY_ROWS, IntegerProduct
+from consilium.kernels import experts as kernel
+from consilium.quantization import Quantized, quantize_weight
+from consilium.silu import silu_and_multiply
+
+
+class Int8Arithmetic:
+    """One kernel call for all experts with few rows; for many rows, product by product."""
+
+    row_dtype = torch.int8
+
+    def __init__(self, reply_dtype: torch.dtype, product: IntegerProduct) -> None:
+        self.reply_dtype = reply_dtype
+        # Exact integers and defined roundings: one class for every CPU and every kernel that passed the proof.
+        self.numerics_class = f"int8/cpu/{ARITHMETIC_VERSION}"
+        self._product = product
+
+    def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
+        return ExpertWeights(*map(_quantized, tensors))
+
+    def compute(
+        self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None
+    ) -> Tensor:
+        if scales is None:
+            raise TypeError("int8 rows come with scales")
+        x = Quantized(rows.contiguous(), scales.contiguous())
+        out = torch.empty(rows.shape)  # [P, D] float32
+        few: list[tuple[ExpertWeights, int, int]] = []
+        for weights, (start, end) in zip(experts, pairwise(offsets), strict=True):
+            if end - start >= MANY_ROWS and self._product.many is not None:
+                out[start:end] = self._compute_many(weights, Quantized(x.values[start:end], x.scales[start:end]))
+            elif start < end:
+                few.append((weights, start, end))
+        if few:
+            self._compute_few(few, x, out)
+        return out.to(self.reply_dtype)
+
+    def _compute_many(self, weights: ExpertWeights, x: Quantized) -> Tensor:
+        """Output rows [P, D] of one expert."""
+        gate, up, down = _matrices(weights)
+        multiply = self._product.multiply
+        hidden = silu_and_multiply(multiply(x, gate), multiply(x, up))  # [P, F]
+        return multiply(self._product.quantize(hidden), down)
+
+    def _compute_few(self, parts: list[tuple[ExpertWeights, int, int]], x: Quantized, out: Tensor) -> None:
+        """The output rows ``start`` to ``end`` of each part, written into ``out`` [P, D]."""
+        matrices = [_matrices(weights) for weights, _, _ in parts]
+        table = np.array([[t.data_ptr() for matrix in each for t in matrix] for each in matrices], np.int64)  # [M, 6]
+        ranges = np.array([[start, end] for _, start, end in parts], np.int64)  # [M, 2]
+        expert_size, hidden_size = matrices[0][0].values.shape
+        count = parallel.count_slices(3 * expert_size * hidden_size * len(parts))
+        bounds = np.linspace(0, len(parts), min(count, len(parts)) + 1).astype(np.int64).tolist()
+        slices: list[Callable[[], None]] = []
+        for first, last in pairwise(bounds):
+            scratch = torch.empty(kernel.scratch_bytes(expert_size), dtype=torch.int8)
+            sizes = hidden_size, expert_size, scratch.data_ptr(), out.data_ptr()
+            addresses = table.ctypes.data, ranges.ctypes.data, first, last, x.values.data_ptr(), x.scales.data_ptr()
+            slices.append(partial(_run, scratch, self._product.kind, *addresses, *sizes))
+        parallel.run(slices)
+
+
+def _run(scratch: Tensor, *arguments: object) -> None:  # noqa: ARG001 (kept alive until the kernel is done)
+    kernel.compute(*arguments)
+
+
+def _quantized(matrix: Tensor | Quantized) -> Quantized:
+    if isinstance(matrix, Quantized):
+        return Quantized(matrix.values.contiguous(), matrix.scales.contiguous())
+    return quantize_weight(matrix)
+
+
+def _matrices(weights: ExpertWeights) -> list[Quantized]:
+    found = [matrix for matrix in (weights.gate, weights.up, weights.down) if isinstance(matrix, Quantized)]
+    if len(found) < 3:
+        raise TypeError("these weights were not prepared for int8")
+    return found

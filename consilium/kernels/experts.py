@@ -1,0 +1,59 @@
+"""All experts of a call in one kernel, for few rows each: down(SiLU(gate(x)) · up(x)), as consilium.experts has it.
+
+Letters: P pairs, M experts, D hidden size, F expert FFN size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from consilium.kernels.arithmetic import quantize_row, silu_and_multiply
+from consilium.kernels.compiler import bytes_, floats, kernel, longs
+from consilium.kernels.linear import BLOCK, multiply
+
+WEIGHTS = 6  # addresses an expert has: values and scales of gate, up and down
+
+
+def scratch_bytes(expert_size: int) -> int:
+    """Memory that ``compute`` needs for itself: gate and up as floats, the hidden rows as int8 with scales."""
+    return BLOCK * (4 * expert_size + 4 * expert_size + expert_size + 4)
+
+
+@kernel
+def compute(
+    kind: Any,
+    weights: int,
+    ranges: int,
+    first: int,
+    last: int,
+    rows: int,
+    scales: int,
+    hidden_size: int,
+    expert_size: int,
+    scratch: int,
+    out: int,
+) -> None:
+    """Experts ``first`` to ``last`` of ``weights`` int64 [M, 6].
+
+    float32 [P, D] at ``out`` from int8 rows [P, D] and scales [P].
+    Expert i computes the rows from ranges[i, 0] to ranges[i, 1] (int64 [M, 2]).
+    """
+    table, bounds = longs(weights, last * WEIGHTS), longs(ranges, last * 2)
+    gate = scratch
+    up = gate + 4 * BLOCK * expert_size
+    hidden_scales = up + 4 * BLOCK * expert_size
+    hidden = hidden_scales + 4 * BLOCK
+    for expert in range(first, last):
+        own = table[expert * WEIGHTS : (expert + 1) * WEIGHTS]
+        for start in range(bounds[2 * expert], bounds[2 * expert + 1], BLOCK):
+            count = min(BLOCK, bounds[2 * expert + 1] - start)
+            x, x_scales = rows + start * hidden_size, scales + 4 * start
+            multiply(kind, x, x_scales, count, own[0], own[1], expert_size, hidden_size, gate, expert_size)
+            multiply(kind, x, x_scales, count, own[2], own[3], expert_size, hidden_size, up, expert_size)
+            found = floats(hidden_scales, count)
+            for row in range(count):
+                gate_row = floats(gate + 4 * row * expert_size, expert_size)
+                silu_and_multiply(gate_row, floats(up + 4 * row * expert_size, expert_size), gate_row)
+                found[row] = quantize_row(gate_row, bytes_(hidden + row * expert_size, expert_size))
+            target = out + 4 * start * hidden_size
+            multiply(kind, hidden, hidden_scales, count, own[4], own[5], hidden_size, expert_size, target, hidden_size)
