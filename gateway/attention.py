@@ -5,6 +5,7 @@ Letters: T rows of the step, D hidden size, H query heads, Hkv key-value heads, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,13 @@ class Batch:
     cos: Tensor  # [T, 1, d]
     sin: Tensor  # [T, 1, d]
     failures: dict[int, Exception] = field(default_factory=dict)  # row to why it has no valid result
+
+    def live_rows(self) -> Sequence[int]:
+        """The rows that somebody still waits for: of sequences without a failed row."""
+        if not self.failures:
+            return range(len(self.tokens))
+        spans = [range(each.row, each.row + each.length) for each in self.segments]
+        return [row for span in spans if self.failures.keys().isdisjoint(span) for row in span]
 
 
 class Attention:

@@ -12,7 +12,7 @@ from consilium.checkpoint import Checkpoint
 from consilium.gate import Routing, softmax_top_k
 from consilium.quantization import quantize_rows
 from gateway.attention import Batch
-from gateway.batches import combine, group_by_expert
+from gateway.batches import combine, group_by_expert, keep_tokens
 from gateway.dispatcher import ExpertSource
 
 
@@ -31,6 +31,8 @@ class MoELayer:
         routing = self.route(x)
         rows, scales = quantize_rows(x) if self._int8 else (x, None)
         batches = group_by_expert(rows, scales, routing)
+        if batch.failures:
+            batches = keep_tokens(batches, batch.live_rows())
         outputs, failures = await self._experts.dispatch(self._layer, batches)
         batch.failures.update(failures)
         return combine(outputs, routing).to(x.dtype)
