@@ -5,6 +5,7 @@ Letters: T rows of the step, D hidden size, H query heads, Hkv key-value heads, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,6 +51,13 @@ class Batch:
     def __post_init__(self) -> None:
         self.table = np.array([segment.numbers() for segment in self.segments], np.int64)
         self.positions = BLOCK * max((blocks_for(each.position + each.length) for each in self.segments), default=0)
+
+    def live_rows(self) -> Sequence[int]:
+        """The rows that somebody still waits for: of sequences without a failed row."""
+        if not self.failures:
+            return range(len(self.tokens))
+        spans = [range(each.row, each.row + each.length) for each in self.segments]
+        return [row for span in spans if self.failures.keys().isdisjoint(span) for row in span]
 
 
 class Attention:

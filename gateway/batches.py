@@ -43,8 +43,8 @@ def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing) -> Ex
 
 
 def experts_of_tokens(batches: ExpertBatches) -> NDArray[np.int64]:
-    """The experts [T, K] of every token, ascending; of batches from which nothing has been taken out."""
-    experts = np.empty(batches.places, dtype=np.int64)
+    """The experts [T, K] of every token, ascending; -1 for tokens that have been taken out."""
+    experts = np.full(batches.places, -1, dtype=np.int64)
     experts[batches.slots] = np.repeat(batches.experts, batches.counts)
     return experts.reshape(len(batches.rows), -1)
 

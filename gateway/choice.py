@@ -66,6 +66,7 @@ class Choice:
         self.number = number  # among the choices of the same prompt
         self.prompt = prompt
         self.completion_tokens = 0
+        self.cached_tokens = 0  # of the prompt
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -86,6 +87,8 @@ class Choice:
             return None
         if output.queue_seconds is not None:
             self._clock.queued(output.queue_seconds)
+        if output.cached_tokens is not None:
+            self.cached_tokens = output.cached_tokens
         if output.prompt_logprobs:
             self._take_prompt_logprobs(output.prompt_logprobs)
         if output.token is not None:

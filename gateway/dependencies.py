@@ -42,6 +42,14 @@ async def require_key(request: Request, gateway: GatewayOf) -> None:
         raise Unauthenticated("a known API key is needed; send it as `Authorization: Bearer KEY`")
 
 
+def key_id(request: Request) -> str:
+    """What stands for the key that the request carries, whether one is asked for or not; empty without one."""
+    scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not sent.strip():
+        return ""
+    return hashlib.sha256(sent.strip().encode()).hexdigest()[:16]
+
+
 def body_of(model: type[M]) -> Callable[[Request], Awaitable[M]]:
     """A dependency that reads and parses the body. It raises TooLarge and InvalidRequest."""
 

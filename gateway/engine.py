@@ -6,7 +6,7 @@ Letters: T rows of the step, D hidden size, V vocabulary, S sequences that get a
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from gateway.sequence import Sequence
 LOGIT_ROWS = 64  # most prompt rows whose logits exist at once: with a vocabulary of 150k they take 38 MB
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Engine:
     """One model and everything that runs on it."""
 
@@ -33,6 +33,8 @@ class Engine:
     dispatcher: Dispatcher
     mailbox: Mailbox
     eos_token_ids: tuple[int, ...]
+    _current: Batch | None = field(default=None, init=False)  # of the step that is running
+    _segments: dict[int, Segment] = field(default_factory=dict, init=False)  # of the same, by sequence
 
     @property
     def has_work(self) -> bool:
@@ -41,6 +43,14 @@ class Engine:
     def add(self, request: Generate) -> None:
         """Queue a new sequence."""
         self.scheduler.add(Sequence.start(request))
+
+    def abort(self, sequence_id: int) -> None:
+        """End a sequence that nobody waits for; in the middle of a step, its rows go no further than this layer."""
+        sequence = self.scheduler.abort(sequence_id)
+        if sequence is not None and self._current is not None and sequence_id in self._segments:
+            segment, reason = self._segments[sequence_id], ConsiliumError("nobody waits for this sequence any more")
+            for row in range(segment.row, segment.row + segment.length):
+                self._current.failures.setdefault(row, reason)
 
     def step(self) -> Step:
         """Compute the next tokens of every scheduled sequence, and take out those that have ended."""
@@ -66,26 +76,38 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The engine's state, and what its workers did since the last call."""
+        store = self.scheduler.store
+        queries, hits = store.take_queries()
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            kv_tokens_used=self.scheduler.pool.used_tokens,
-            kv_tokens_total=self.scheduler.pool.total_tokens,
+            kv_tokens_used=store.used_tokens,
+            kv_tokens_total=store.pool.total_tokens,
             preemptions=self.scheduler.take_preemptions(),
+            prefix_queries=queries,
+            prefix_hits=hits,
+            prefix_evicted=store.prefixes.take_evicted(),
+            prefix_tokens=store.kept_tokens,
             workers=self.dispatcher.take_stats(),
         )
 
     def _run(self, work: list[Work]) -> dict[int, Output]:
         """One pass of the model, and the news of each sequence by its id."""
         batch = self._batch(work)
-        hidden = self.mailbox.drive(self.model.forward(batch))  # [T, D]
+        self._current = batch
+        self._segments = {each.sequence.id: segment for each, segment in zip(work, batch.segments, strict=True)}
+        try:
+            hidden = self.mailbox.drive(self.model.forward(batch))  # [T, D]
+        finally:
+            self._current, self._segments = None, {}
         outputs: dict[int, Output] = {}
         due: list[tuple[Sequence, int]] = []  # with the row that predicts the next token
         for each, segment in zip(work, batch.segments, strict=True):
             sequence, rows = each.sequence, range(segment.row, segment.row + segment.length)
             failed = next((row for row in rows if row in batch.failures), None)
             if failed is not None:
-                sequence.fail(batch.failures[failed])
+                if not sequence.finish_reason:  # else it was aborted
+                    sequence.fail(batch.failures[failed])
                 continue
             prompt_logprobs = self._prompt_logprobs(sequence, hidden[rows.start : rows.stop])
             sequence.computed += each.length

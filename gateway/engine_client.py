@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from gateway.generation import Generation
 from gateway.messages import (
     LENGTH_BYTES,
     Abort,
+    Caller,
     EngineStats,
     Generate,
     Output,
@@ -35,6 +37,7 @@ from gateway.messages import (
 log = logging.getLogger(__name__)
 
 _LARGEST_MESSAGE = 2**30
+_KEY_TIMES_FREE, _USER_TIMES_FREE = 63, 15  # a key leaves 1 of 64 places to others, a user 1 of 16
 _ENGINE_GONE = "the engine process has ended; this gateway is stopping, send the request to another one"
 
 
@@ -70,6 +73,8 @@ class EngineClient:
         self._on_step, self._on_status, self._on_report = on_step, on_status, on_report
         self._ids = itertools.count(1)
         self._open: dict[int, Generation] = {}
+        self._callers: dict[int, Caller] = {}  # of the same sequences
+        self._held: Counter[tuple[str, ...]] = Counter()  # how many are open of each key, and of each user of a key
         self._listener = asyncio.create_task(self._listen())
 
     @classmethod
@@ -99,18 +104,21 @@ class EngineClient:
             return "the engine is loading the model"
         return None if self.status.ready else self.status.detail
 
-    def open(self, sequences: Sequence[NewSequence]) -> Generation:
+    def open(self, sequences: Sequence[NewSequence], caller: Caller) -> Generation:
         """Start all the sequences of one request, or none. Raises NotReady and Overloaded."""
         reason = self.why_not_ready()
         if reason is not None:
             raise NotReady(reason)
         if len(self._open) + len(sequences) > self.capacity:
             raise Overloaded(f"{len(self._open)} of {self.capacity} sequences are running or queued; try again shortly")
+        self._check_share(len(sequences), caller)
         ids = list(itertools.islice(self._ids, len(sequences)))
         generation = Generation(ids, self.abort)
         for sequence_id, new in zip(ids, sequences, strict=True):
             self._open[sequence_id] = generation
-            self._send(Generate(sequence_id, new.prompt, new.sampling, new.choice))
+            self._callers[sequence_id] = caller
+            self._held.update(_owners(caller))
+            self._send(Generate(sequence_id, new.prompt, new.sampling, new.choice, caller))
         self.idle.clear()
         return generation
 
@@ -127,6 +135,20 @@ class EngineClient:
         """Fail what is still open and close the socket, which ends the engine."""
         self._listener.cancel()
         await asyncio.gather(self._listener, return_exceptions=True)
+
+    def _check_share(self, more: int, caller: Caller) -> None:
+        """Raise Overloaded for a client that would take the last places from all the others.
+
+        Nobody may hold more than so many times what is free (dynamic thresholds, Choudhury and Hahne 1998): the more
+        the others hold, the less one may take, and some places are always left for whoever comes next.
+        """
+        free = self.capacity - len(self._open)
+        for owner, times in zip(_owners(caller), (_KEY_TIMES_FREE, _USER_TIMES_FREE), strict=True):
+            if self._held[owner] + more > times * free:
+                raise Overloaded(
+                    f"{self._held[owner]} of {self.capacity} sequences are running or queued for this client, and the "
+                    "last places are left to others; try again shortly"
+                )
 
     def _send(self, message: ToEngine) -> None:
         if not self.gone.is_set():
@@ -172,6 +194,9 @@ class EngineClient:
 
     def _forget(self, sequence_id: int) -> bool:
         known = self._open.pop(sequence_id, None) is not None
+        if known:
+            self._held.subtract(_owners(self._callers.pop(sequence_id)))
+            self._held += Counter()  # without those that have nothing open any more
         if not self._open:
             self.idle.set()
         return known
@@ -180,4 +205,11 @@ class EngineClient:
         for generation in set(self._open.values()):
             generation.fail(error)
         self._open.clear()
+        self._callers.clear()
+        self._held.clear()
         self.idle.set()
+
+
+def _owners(caller: Caller) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Whose places a sequence takes: the key's, and the user's of this key."""
+    return (caller.api_key,), (caller.api_key, caller.user)

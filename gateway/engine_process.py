@@ -7,7 +7,6 @@ asyncio for the socket's incoming messages and for the workers' connections.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import signal
 import socket
@@ -30,10 +29,12 @@ from gateway.dispatcher import Dispatcher
 from gateway.engine import Engine
 from gateway.expert_meter import ExpertMeter
 from gateway.kv_cache import KVPool
+from gateway.kv_store import KVStore
 from gateway.mailbox import Mailbox
 from gateway.messages import LENGTH_BYTES, Abort, Generate, Status, ToHttp, WorkerStatus, pack, unpack
 from gateway.model import Model
-from gateway.placement import describe_missing
+from gateway.pages import commit_small_pages
+from gateway.placement import KnownExperts, describe_missing
 from gateway.scheduler import Scheduler
 from gateway.worker_connection import REFUSED, Expectations
 from gateway.worker_pool import View, WorkerPool
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PR_SET_THP_DISABLE = 41
 SEND_TIMEOUT = 60.0  # seconds that the HTTP process may read nothing before it counts as gone
 
 
@@ -67,14 +67,16 @@ class EngineProcess:
         self._meter = ExpertMeter(self._checkpoint.config)
         self._dispatcher = Dispatcher(dtype, config.gateway.layer_timeout, self._meter)
         pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
+        store = KVStore(pool, prefix_cache=config.gateway.prefix_cache)
         self._cache = self._make_cache(dtype)
         self._engine = Engine(
             Model(self._checkpoint, find_arithmetic(config, self._checkpoint.config), self._cache or self._dispatcher),
-            Scheduler(pool, config.gateway.max_running, config.gateway.max_step_tokens),
+            Scheduler(store, config.gateway.max_running, config.gateway.max_step_tokens),
             self._dispatcher,
             self._mailbox,
             self._checkpoint.config.eos_token_ids,
         )
+        self._known_experts = KnownExperts()
         self._status: Status | None = None
         self._closed = False
 
@@ -100,9 +102,12 @@ class EngineProcess:
             case Generate():
                 self._engine.add(event)
             case Abort(id=sequence_id):
-                self._engine.scheduler.abort(sequence_id)
+                self._engine.abort(sequence_id)
             case View():
                 self._dispatcher.placement, self._dispatcher.workers = event.placement, event.workers
+                if self._known_experts.differ(event.placement, event.identities):
+                    log.info("other weights or another arithmetic than before: the prefix cache begins anew")
+                    self._engine.scheduler.forget_prefixes()
                 if self._cache is not None:
                     self._cache.set_identities(event.identities)
                 self._report(event)
@@ -131,7 +136,7 @@ class EngineProcess:
             ready=not missing,
             detail=_explain(missing, view.statuses) if missing else "ready",
             workers=view.statuses,
-            kv_tokens_total=self._engine.scheduler.pool.total_tokens,
+            kv_tokens_total=self._engine.scheduler.store.pool.total_tokens,
             missing_experts=len(missing),
         )
         if status != self._status:
@@ -217,15 +222,9 @@ def _read_exactly(link: socket.socket, length: int) -> bytes:
     return received
 
 
-def _commit_small_pages() -> None:
-    """Keep the kernel from committing 2 MiB at the first touch: a short sequence would take its whole room."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a kernel without huge pages refuses, and needs none
-
-
 def main(argv: list[str]) -> int:
     """`python -m gateway.engine_process FD`."""
-    _commit_small_pages()
+    commit_small_pages()
     # Ctrl-C reaches the whole terminal group: the HTTP process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

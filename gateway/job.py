@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.choice import Choice, ChoiceOptions, Delta, Prompt
 from gateway.engine_client import NewSequence
-from gateway.messages import SamplingParams
+from gateway.messages import Caller, SamplingParams
 from gateway.metrics import ChoiceClock
 from gateway.state import Gateway
 
@@ -20,6 +21,7 @@ class Job:
     gateway: Gateway
     sampling: SamplingParams
     choices: list[Choice]
+    caller: Caller
 
     @classmethod
     def plan(
@@ -30,6 +32,7 @@ class Job:
         sampling: SamplingParams,
         options: ChoiceOptions,
         arrival: float,
+        caller: Caller,
     ) -> Job:
         """All choices, none of them started. ``arrival`` is on time.perf_counter's clock."""
         vocabulary = gateway.model.tokenizer.vocabulary
@@ -38,7 +41,7 @@ class Job:
             for index, prompt in enumerate(prompts)
             for number in range(n)
         ]
-        return cls(gateway, sampling, choices)
+        return cls(gateway, sampling, choices, caller)
 
     async def run(self) -> AsyncGenerator[list[tuple[Choice, Delta]], None]:
         """Start all choices and show what is new of them until all have ended.
@@ -56,7 +59,7 @@ class Job:
 
     async def _deltas(self) -> AsyncGenerator[list[tuple[Choice, Delta]], None]:
         sequences = [NewSequence(choice.prompt.ids, self.sampling, choice.number) for choice in self.choices]
-        with self.gateway.engine.open(sequences) as generation:
+        with self.gateway.engine.open(sequences, self.caller) as generation:
             self.gateway.metrics.prompt_tokens.inc(self.prompt_tokens())
             async for batch in generation.batches():
                 deltas = []
@@ -83,17 +86,26 @@ class Job:
         """Tokens of all prompts, each counted once."""
         return sum(len(choice.prompt.ids) for choice in self.choices if choice.number == 0)
 
-    def usage(self) -> dict[str, int]:
+    def cached_tokens(self) -> int:
+        """Tokens of all prompts that were not computed anew, for the first choice of each."""
+        return sum(choice.cached_tokens for choice in self.choices if choice.number == 0)
+
+    def usage(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
         prompt = self.prompt_tokens()
         completion = sum(choice.completion_tokens for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens()},
+        }
 
     def summary(self) -> str:
         """For the log: counts, ends and the seed that repeats it; never text."""
         usage = self.usage()
         ends = ",".join(choice.finish_reason or "unfinished" for choice in self.choices)
         return (
-            f"prompt_tokens={usage['prompt_tokens']} completion_tokens={usage['completion_tokens']} "
-            f"seed={self.sampling.seed} finish={ends}"
+            f"prompt_tokens={usage['prompt_tokens']} cached_tokens={self.cached_tokens()} "
+            f"completion_tokens={usage['completion_tokens']} seed={self.sampling.seed} finish={ends}"
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from consilium.errors import ConfigError
 from consilium.model_config import ModelConfig
 from consilium.units import format_size
+from gateway.pages import release_tails
 
 BLOCK = 16  # positions: the unit of the accounting, and of the keys' layout
 
@@ -56,19 +57,10 @@ class KVPool:
     def total_tokens(self) -> int:
         return self.total_blocks * BLOCK
 
-    @property
-    def used_tokens(self) -> int:
-        return (self.total_blocks - self.free_blocks) * BLOCK
-
-    def can_hold(self, tokens: int) -> bool:
-        """Whether ``tokens`` positions are free now."""
-        return blocks_for(tokens) <= self.free_blocks
-
     def allocate(self, tokens: int, capacity: int) -> KVCache:
         """A cache with ``tokens`` positions paid for and address space for ``capacity``."""
-        blocks = blocks_for(tokens)
+        blocks, room = blocks_for(tokens), blocks_for(capacity)
         self.free_blocks -= blocks
-        room = blocks_for(capacity)
         keys = torch.empty((*self._shape, room, self._head_dim, BLOCK), dtype=self._dtype)
         values = torch.empty((*self._shape, room * BLOCK, self._head_dim), dtype=self._dtype)
         return KVCache(keys, values, blocks)
@@ -83,6 +75,15 @@ class KVPool:
             self.free_blocks -= more
         return True
 
+    def trim(self, cache: KVCache, tokens: int) -> None:
+        """Take back the positions from ``tokens`` on, and give their memory to the system."""
+        blocks = blocks_for(tokens)
+        if blocks < cache.blocks:
+            for tensor in (cache.keys, cache.values):
+                release_tails(tensor.view(-1, tensor[0, 0].numel()), blocks * BLOCK * self._head_dim)
+            self.free_blocks += cache.blocks - blocks
+            cache.blocks = blocks
+
     def free(self, cache: KVCache) -> None:
         """Take back everything a cache was given."""
         self.free_blocks += cache.blocks
@@ -92,3 +93,10 @@ class KVPool:
 def blocks_for(tokens: int) -> int:
     """Blocks that hold ``tokens`` positions."""
     return -(-tokens // BLOCK)
+
+
+def copy_positions(source: KVCache, target: KVCache, tokens: int) -> None:
+    """Copy the first ``tokens`` positions; those of the last block that lie beyond are written before they are read."""
+    blocks = blocks_for(tokens)
+    target.keys[:, :, :blocks] = source.keys[:, :, :blocks]
+    target.values[:, :, :tokens] = source.values[:, :, :tokens]

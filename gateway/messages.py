@@ -41,6 +41,15 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)
+class Caller:
+    """Whose a request is, for fair admission, and how urgent; what is not known is empty."""
+
+    api_key: str = ""  # stands for the key, and is not the key itself
+    user: str = ""
+    priority: int = 0  # lower is earlier
+
+
+@dataclass(frozen=True, slots=True, config=_CONFIG)
 class Generate:
     """HTTP to engine: run a new sequence."""
 
@@ -48,6 +57,7 @@ class Generate:
     prompt: list[int]
     sampling: SamplingParams
     choice: int = 0  # index among the n choices of its request; part of the random numbers' counter
+    caller: Caller = Caller()
     type: Literal["generate"] = "generate"
 
 
@@ -92,6 +102,8 @@ class Output:
     failure: Failure | None = None
     # Seconds from Generate to the sequence's first step; on the first news of a sequence only.
     queue_seconds: float | None = None
+    # Prompt tokens that were not computed because others had them in their cache; on the first news, too.
+    cached_tokens: int | None = None
 
 
 # Bounds of the buckets in which expert calls are counted by their rows; the last bucket has none.
@@ -129,6 +141,10 @@ class EngineStats:
     prompt_tokens: int = 0  # computed in this step
     generated_tokens: int = 0
     preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens looked for in the prefix cache, and found there
+    prefix_hits: int = 0
+    prefix_evicted: int = 0  # tokens that made room
+    prefix_tokens: int = 0  # kept now, beside what running sequences use
     workers: list[WorkerStats] = field(default_factory=list)
 
 

@@ -81,6 +81,10 @@ class Metrics:
         self.waiting.set(stats.waiting)
         self.kv_usage.set(stats.kv_tokens_used / max(1, stats.kv_tokens_total))
         self._preemptions.inc(stats.preemptions)
+        self._prefix_queries.inc(stats.prefix_queries)
+        self._prefix_hits.inc(stats.prefix_hits)
+        self._prefix_evicted.inc(stats.prefix_evicted)
+        self.prefix_tokens.set(stats.prefix_tokens)
         computed = stats.prompt_tokens + stats.generated_tokens
         if computed:
             self.step_tokens.observe(computed)
@@ -127,11 +131,22 @@ class Metrics:
         self.running = self._gauge("num_requests_running", "Sequences in the engine's batch").labels(self._model)
         self.waiting = self._gauge("num_requests_waiting", "Sequences that wait for space").labels(self._model)
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1").labels(self._model)
-        preemptions = self._counter("num_preemptions", "Sequences that gave up their space and are computed again")
+        preemptions = self._counter("num_preemptions", "Sequences that gave up their space for others")
         self._preemptions = preemptions.labels(self._model)
+        self._prefix_cache()
         # Others call it iteration_tokens_total, but promtool wants that ending for counters alone.
         self.step_tokens = self._histogram("iteration_tokens", "Tokens computed in one step", _STEP_TOKENS)
         self.step_seconds = self._histogram("iteration_seconds", "Duration of one step", _STEP)
+
+    def _prefix_cache(self) -> None:
+        queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache")
+        self._prefix_queries = queries.labels(self._model)
+        hits = self._counter("prefix_cache_hits", "Prompt tokens found there, and not computed")
+        self._prefix_hits = hits.labels(self._model)
+        evicted = self._counter("prefix_cache_evicted_tokens", "Tokens that made room for others")
+        self._prefix_evicted = evicted.labels(self._model)
+        kept = self._gauge("prefix_cache_tokens", "Tokens kept of sequences that have ended; they count as free")
+        self.prefix_tokens = kept.labels(self._model)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(_PREFIX + name, text, ("model_name", *labels), registry=self.registry)

@@ -82,11 +82,11 @@ class Model:
         return Batch(torch.tensor(tokens), segments, cos, sin)
 
     async def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [T, D] after the final norm. Stops early once every row has failed."""
+        """Hidden states [T, D] after the final norm. Stops early once nobody waits for any row."""
         x = self._embed[batch.tokens]
         for block in self._blocks:
             x = await block.forward(x, batch)
-            if len(batch.failures) == len(batch.tokens):
+            if not batch.live_rows():
                 break
         return nn.rms_norm(x, x.shape[1:], self._norm, self._eps)
 

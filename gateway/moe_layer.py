@@ -14,7 +14,7 @@ from consilium.kernels import gate as kernel
 from consilium.kernels.float_tile import LANES
 from gateway.arithmetic import Arithmetic
 from gateway.attention import Batch
-from gateway.batches import combine, group_by_expert
+from gateway.batches import combine, group_by_expert, keep_tokens
 from gateway.dispatcher import ExpertSource
 
 
@@ -36,6 +36,8 @@ class MoELayer:
         routing = self.route(x)
         rows, scales = self._arithmetic.expert_rows(x)
         batches = group_by_expert(rows, scales, routing)
+        if batch.failures:
+            batches = keep_tokens(batches, batch.live_rows())
         outputs, failures = await self._experts.dispatch(self._layer, batches)
         batch.failures.update(failures)
         return combine(outputs, routing).to(x.dtype)

@@ -19,6 +19,20 @@ class ExpertIdentity(NamedTuple):
     numerics_class: str
 
 
+class KnownExperts:
+    """What each expert was computed with when it was last seen."""
+
+    def __init__(self) -> None:
+        self._identities: dict[tuple[int, int], ExpertIdentity | None] = {}  # None where its holders differ
+
+    def differ(self, placement: Placement, identities: Mapping[tuple[int, int], ExpertIdentity]) -> bool:
+        """Whether an expert that was known computes otherwise now; one that is gone or comes back the same does not."""
+        now = {expert: identities.get(expert) for expert in placement.holders}
+        different = any(self._identities.get(expert, identity) != identity for expert, identity in now.items())
+        self._identities.update(now)
+        return different
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """The addresses of the workers that hold each expert; one immutable view, replaced as a whole."""

@@ -163,12 +163,13 @@ class FakeEngine:
             for output in outputs:
                 if output.finish_reason is not None:
                     del self._running[output.id]
+            prefixes = {"prefix_queries": 40, "prefix_hits": 30, "prefix_evicted": 20, "prefix_tokens": 10}
             worker = WorkerStats(WORKER.group, WORKER.address, frames=1, rows=len(outputs), bytes_sent=100)
             generated = sum(output.token is not None for output in outputs)
             self.send(
                 Step(
                     outputs,
-                    EngineStats(len(self._running), 0, 7, 100_000, 0.01, 0, generated, workers=[worker]),
+                    EngineStats(len(self._running), 0, 7, 100_000, 0.01, 0, generated, workers=[worker], **prefixes),
                 )
             )
             if not self._running:
@@ -183,7 +184,7 @@ def _advance(sequence: _Sequence, failure: Failure | None) -> Output:
     if sequence.sent == 0:
         count = sampling.prompt_logprobs
         reports = None if count is None else [logprobs_of(token, count) for token in request.prompt[1:]]
-        news = replace(news, prompt_logprobs=reports, queue_seconds=0.5)
+        news = replace(news, prompt_logprobs=reports, queue_seconds=0.5, cached_tokens=len(request.prompt) // 2)
     if sequence.sent == len(sequence.tokens):
         return replace(news, finish_reason="length")
     if sequence.sent and failure is not None:

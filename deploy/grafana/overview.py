@@ -114,7 +114,7 @@ OVERVIEW = [
             ),
             Panel(
                 "KV cache",
-                "Share in use; near 1 sequences wait or are preempted.",
+                "Share in use; near 1 sequences wait or are preempted. What the prefix cache keeps is free.",
                 [Query(f"consilium_kv_cache_usage_perc{{{MODEL}}}", "{{instance}}")],
                 "percentunit",
                 maximum=1,
@@ -138,8 +138,32 @@ OVERVIEW = [
             ),
             Panel(
                 "Preemptions",
-                "Sequences that gave up their space and are computed again.",
+                "Sequences that gave up their space for others.",
                 [Query(total("consilium_num_preemptions_total", MODEL, "instance"), "{{instance}}")],
+            ),
+            Panel(
+                "Prefix cache",
+                "Share of the prompts' tokens that were found and not computed.",
+                [
+                    Query(
+                        f"{total('consilium_prefix_cache_hits_total', MODEL)}"
+                        f" / {total('consilium_prefix_cache_queries_total', MODEL)}",
+                        "hits",
+                    )
+                ],
+                "percentunit",
+                maximum=1,
+            ),
+            Panel(
+                "Tokens kept for prompts that begin alike",
+                "They count as free: whoever needs their space evicts them.",
+                [
+                    Query(f"sum(consilium_prefix_cache_tokens{{{MODEL}}})", "kept"),
+                    Query(
+                        f"sum(increase(consilium_prefix_cache_evicted_tokens_total{{{MODEL}}}[$__rate_interval]))",
+                        "evicted",
+                    ),
+                ],
             ),
         ],
     ),

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from gateway.answer import Answer
 from gateway.choice import Choice, ChoiceOptions, Delta
-from gateway.dependencies import GatewayOf, body_of
+from gateway.dependencies import GatewayOf, body_of, key_id
 from gateway.job import Job
 from gateway.schemas import ChatBody
 
@@ -36,7 +36,7 @@ async def create_chat_completion(
         min_tokens=body.min_tokens,
         logprobs=body.logprobs,
     )
-    job = Job.plan(gateway, [prompt], body.n, sampling, options, request.state.arrival)
+    job = Job.plan(gateway, [prompt], body.n, sampling, options, request.state.arrival, body.caller(key_id(request)))
     return await _ChatAnswer(request, job, body).response()
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from gateway.answer import Answer
 from gateway.choice import Choice, ChoiceOptions, Delta, Prompt
-from gateway.dependencies import GatewayOf, body_of
+from gateway.dependencies import GatewayOf, body_of, key_id
 from gateway.job import Job
 from gateway.logprobs import LogprobsFormat
 from gateway.schemas import CompletionBody, check_token_ids
@@ -37,7 +37,7 @@ async def create_completion(
         echo=body.echo,
         logprobs=body.logprobs is not None,
     )
-    job = Job.plan(gateway, prompts, body.n, sampling, options, request.state.arrival)
+    job = Job.plan(gateway, prompts, body.n, sampling, options, request.state.arrival, body.caller(key_id(request)))
     return await _CompletionAnswer(request, job, body).response()
 
 

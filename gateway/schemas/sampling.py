@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from consilium.errors import InvalidRequest
-from gateway.messages import SamplingParams
+from gateway.messages import Caller, SamplingParams
 from gateway.schemas.base import Body
 
 MAX_CHOICES = 16
@@ -18,6 +18,8 @@ MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 64
 MAX_BIASES = 1024
 MAX_TOKENS = 2**31 - 1
+MAX_PRIORITY = 1000  # lower is earlier
+MAX_USER_CHARACTERS = 512
 
 _SEED_BITS = 63
 _GREEDY_BELOW = 1e-4  # dividing logits by less overflows, and the likeliest token wins anyway
@@ -52,7 +54,7 @@ class SamplingBody(Body):
     """How the next token is chosen, when to stop, and how to answer."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
-        {"user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"}
+        {"metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention"}
     )
     unsupported: ClassVar[dict[str, tuple[object, ...]]] = {
         "use_beam_search": (False,),
@@ -67,7 +69,6 @@ class SamplingBody(Body):
         "guided_choice": (),
         "guided_grammar": (),
         "structured_outputs": (),
-        "priority": (0,),
     }
 
     model: str | None = Field(None, max_length=512)
@@ -90,12 +91,19 @@ class SamplingBody(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool = False
+    priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    user: str = Field("", max_length=MAX_USER_CHARACTERS)
+    safety_identifier: str = Field("", max_length=MAX_USER_CHARACTERS)
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed together with stream", param="stream_options")
         return self
+
+    def caller(self, api_key: str) -> Caller:
+        """Whose request it is: `safety_identifier` is OpenAI's newer word for `user`."""
+        return Caller(api_key, self.safety_identifier or self.user, self.priority)
 
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""

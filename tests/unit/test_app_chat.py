@@ -54,7 +54,12 @@ async def test_one_answer(stack: FakeStack) -> None:
     request = the_request(stack)
     assert prompt_of(stack, request) == TEXT
     prompt = len(request.prompt)
-    assert answer["usage"] == {"prompt_tokens": prompt, "completion_tokens": 4, "total_tokens": prompt + 4}
+    assert answer["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": 4,
+        "total_tokens": prompt + 4,
+        "prompt_tokens_details": {"cached_tokens": prompt // 2},
+    }
     assert request.sampling.max_tokens == CONTEXT - prompt  # by default as many as fit
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway.messages import Abort, Generate
+from gateway.messages import Abort, Caller, Generate
 from tests.fake_engine import EOS, FakeStack, fake_stack, logprobs_of, say, spell, within
 
 pytestmark = pytest.mark.anyio
@@ -45,6 +45,11 @@ def texts(events: list[dict[str, Any]]) -> dict[int, str]:
     return joined
 
 
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
 def generates(stack: FakeStack) -> list[Generate]:
     return [each for each in stack.engine.received if isinstance(each, Generate)]
 
@@ -56,14 +61,14 @@ async def test_one_completion(stack: FakeStack) -> None:
     assert answer["choices"] == [
         {"index": 0, "text": "abc", "logprobs": None, "finish_reason": "length", "stop_reason": None}
     ]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert answer["usage"] == usage(prompt=3, completion=3, cached=1)
 
 
 async def test_several_prompts_with_several_choices_are_numbered_in_order(stack: FakeStack) -> None:
     answer = await complete(stack, prompt=["Hello", "the"], n=2, max_tokens=2)
     assert [(each["index"], each["text"]) for each in answer["choices"]] == [(0, "ab"), (1, "bc"), (2, "ab"), (3, "bc")]
     # A prompt counts once, its choices all.
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
+    assert answer["usage"] == usage(prompt=4, completion=8, cached=1)
     assert [each.choice for each in generates(stack)] == [0, 1, 0, 1]
     assert len({each.sampling.seed for each in generates(stack)}) == 1
 
@@ -168,7 +173,7 @@ async def test_echo_of_nothing_but_the_prompt(stack: FakeStack) -> None:
     assert choice["finish_reason"] == "length"
     assert choice["logprobs"]["tokens"] == ["token_id:5", "token_id:6"]
     assert choice["logprobs"]["top_logprobs"] == [None, {"token_id:7": -1.0, "token_id:8": -2.0, "token_id:6": -3.006}]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert answer["usage"] == usage(prompt=2, completion=0, cached=1)
 
 
 async def test_echo_repeats_a_text_as_it_was_sent(stack: FakeStack) -> None:
@@ -197,3 +202,16 @@ async def test_a_given_seed_reaches_the_engine_and_a_missing_one_is_drawn(stack:
 async def test_finished_sequences_are_not_aborted(stack: FakeStack) -> None:
     await complete(stack, max_tokens=2, n=3)
     assert not any(isinstance(each, Abort) for each in stack.engine.received)
+
+
+async def test_the_engine_hears_whose_a_request_is_and_how_urgent(stack: FakeStack) -> None:
+    await complete(stack, max_tokens=1)
+    await complete(stack, max_tokens=1, user="me", priority=-3, n=2)
+    stack.client.headers["authorization"] = "Bearer secret"
+    await complete(stack, max_tokens=1, safety_identifier="you")
+    nobody, mine, again, keyed = (each.caller for each in generates(stack))
+    assert nobody == Caller()
+    assert mine == again == Caller(user="me", priority=-3)
+    assert (keyed.user, keyed.priority) == ("you", 0)
+    assert keyed.api_key
+    assert "secret" not in keyed.api_key

@@ -202,6 +202,23 @@ async def test_while_draining_what_runs_goes_on(stack: FakeStack) -> None:
     assert stack.gateway.engine.idle.is_set()
 
 
+async def test_the_last_places_are_left_to_others(tokenizer_folder: Path) -> None:
+    async with fake_stack(tokenizer_folder, capacity=64) as stack:
+        stack.engine.pause()
+        greedy = [asyncio.create_task(post(stack, user="greedy")) for _ in range(60)]
+        await until(lambda: stack.gateway.engine.open_sequences == 60)
+        error = error_of(await post(stack, user="greedy"), 429)
+        assert "60 of 64" in error["message"]
+        assert "others" in error["message"]
+        modest = asyncio.create_task(post(stack, user="modest"))
+        await until(lambda: stack.gateway.engine.open_sequences == 61)
+        stack.engine.resume()
+        assert {each.status_code for each in await asyncio.gather(modest, *greedy)} == {200}
+        # What has ended does not count.
+        again = await asyncio.gather(*(post(stack, user="greedy") for _ in range(60)))
+        assert {each.status_code for each in again} == {200}
+
+
 async def test_the_death_of_the_engine_fails_every_open_request(stack: FakeStack) -> None:
     stack.engine.pause()
     whole = asyncio.create_task(post(stack))

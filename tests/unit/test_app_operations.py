@@ -82,6 +82,10 @@ async def test_metrics_of_the_engine_and_its_workers(stack: FakeStack) -> None:
     assert found["iteration_tokens_sum", ""] == 5
     assert found["num_requests_running", ""] == 0
     assert found["kv_cache_usage_perc", ""] == 7 / 100_000
+    assert found["prefix_cache_queries_total", ""] == 5 * 40
+    assert found["prefix_cache_hits_total", ""] == 5 * 30
+    assert found["prefix_cache_evicted_tokens_total", ""] == 5 * 20
+    assert found["prefix_cache_tokens", ""] == 10
     assert found["worker_frames_total", worker] == 5
     assert found["worker_rows_total", worker] == 5
     assert found["worker_sent_bytes_total", worker] == 500

@@ -16,6 +16,7 @@ from consilium.frames import Frame
 from gateway.arithmetic import Arithmetic
 from gateway.engine import Engine
 from gateway.kv_cache import BLOCK, KVPool
+from gateway.kv_store import KVStore
 from gateway.mailbox import Mailbox
 from gateway.messages import Abort, EngineStats, Failure, Generate, Output, SamplingParams, TokenLogprobs
 from gateway.model import Model
@@ -81,13 +82,15 @@ class Served:
         blocks: int = 100,
         step: int = 64,
         experts: Iterable[Iterable[int]] = ((0, 2), (1, 3)),
+        *,
+        prefix_cache: bool = True,
     ) -> None:
         config = checkpoint.config
         self.mailbox = Mailbox(self._handle)
         self.workers: list[LocalWorker]
         dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts)
         memory = blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-        scheduler = Scheduler(KVPool(config, torch.float32, memory), 8, step)
+        scheduler = Scheduler(KVStore(KVPool(config, torch.float32, memory), prefix_cache=prefix_cache), 8, step)
         model = Model(checkpoint, Arithmetic(torch.float32), dispatcher)
         self.engine = Engine(model, scheduler, dispatcher, self.mailbox, config.eos_token_ids)
         self.stories: dict[int, Story] = {}
@@ -95,7 +98,7 @@ class Served:
 
     def _handle(self, event: object) -> None:
         assert isinstance(event, Abort)
-        self.engine.scheduler.abort(event.id)
+        self.engine.abort(event.id)
 
     def step(self) -> None:
         with torch.inference_mode():
@@ -140,17 +143,21 @@ def assert_same(found: list[TokenLogprobs], expected: list[TokenLogprobs]) -> No
 
 @pytest.mark.parametrize("step", [64, 7])
 @pytest.mark.parametrize("prompt_logprobs", [None, 2])
-def test_who_gives_way_says_the_same_in_the_end(checkpoint: Checkpoint, step: int, prompt_logprobs: int | None) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_who_gives_way_says_the_same_in_the_end(
+    checkpoint: Checkpoint, step: int, prompt_logprobs: int | None, keep: bool
+) -> None:
     lengths = {1: 13, 2: 13, 3: 33}
     requests = [
         greedy(number, prompt(length, number), 10, logprobs=3, prompt_logprobs=prompt_logprobs)
         for number, length in lengths.items()
     ]
-    small, large = Served(checkpoint, blocks=6, step=step), Served(checkpoint, step=step)
+    small = Served(checkpoint, blocks=6, step=step, prefix_cache=keep)
+    large = Served(checkpoint, step=step, prefix_cache=keep)
     found, expected = small.run(*requests), large.run(*requests)
     assert sum(each.preemptions for each in large.stats) == 0
     assert sum(each.preemptions for each in small.stats) > 0
-    if step == 7:  # somebody had to give way in the middle of its prompt
+    if step == 7 and not keep:  # somebody had to give way in the middle of its prompt
         assert sum(each.prompt_tokens for each in small.stats) > sum(lengths.values())
     for request in requests:
         ours, theirs = found[request.id], expected[request.id]
@@ -218,7 +225,7 @@ def test_an_abort_ends_one_sequence_and_no_other(checkpoint: Checkpoint, between
 
         served.workers[0].misbehave = served.workers[1].misbehave = interrupt
     else:
-        served.engine.scheduler.abort(2)
+        served.engine.abort(2)
     used = served.engine.stats().kv_tokens_used
     served.step()
     assert served.stories[2].finish_reason == "abort"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.kv_cache import BLOCK, KVPool
+from gateway.kv_store import KVStore
 from gateway.messages import Generate, SamplingParams
 from gateway.scheduler import Scheduler
 from gateway.sequence import Sequence
@@ -18,11 +19,11 @@ BYTES_PER_BLOCK = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim 
 
 
 def scheduler(blocks: int, running: int = 8, step: int = 64) -> Scheduler:
-    return Scheduler(KVPool(CONFIG, torch.float32, blocks * BYTES_PER_BLOCK), running, step)
+    return Scheduler(KVStore(KVPool(CONFIG, torch.float32, blocks * BYTES_PER_BLOCK)), running, step)
 
 
 def sequence(number: int, prompt: int, new: int) -> Sequence:
-    return Sequence.start(Generate(number, [2] * prompt, SamplingParams(max_tokens=new)))
+    return Sequence.start(Generate(number, [number] * prompt, SamplingParams(max_tokens=new)))
 
 
 def compute(queue: Scheduler) -> list[tuple[int, int]]:
@@ -73,7 +74,7 @@ def test_waits_for_room_and_takes_it_when_freed() -> None:
     queue.reap()
     assert compute(queue) == [(2, 2 * BLOCK - 1)]
     queue.reap()
-    assert queue.pool.used_tokens == 0
+    assert queue.store.used_tokens == 0
 
 
 def test_what_can_never_fit_fails_at_once() -> None:
@@ -97,7 +98,7 @@ def test_the_last_one_gives_way_and_is_computed_again() -> None:
     assert preempted >= 1
     assert first.finish_reason == second.finish_reason == "length"
     assert first.generated == second.generated == 2 * BLOCK
-    assert queue.pool.used_tokens == 0
+    assert queue.store.used_tokens == 0
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -108,7 +109,7 @@ def test_an_aborted_sequence_frees_its_room(running: bool) -> None:
         compute(queue)
     queue.abort(1)
     assert [each.finish_reason for each in queue.reap()] == ["abort"]
-    assert queue.pool.used_tokens == 0
+    assert queue.store.used_tokens == 0
     assert not queue.running
     assert not queue.waiting
 
@@ -137,8 +138,8 @@ def test_everything_ends_and_nothing_leaks(
                 else:
                     each.sequence.finish_reason = "length"
         ended += queue.reap()
-        assert 0 <= queue.pool.free_blocks <= queue.pool.total_blocks
+        assert 0 <= queue.store.free_blocks <= queue.store.pool.total_blocks
         if len(ended) == len(lengths):
             break
     assert len(ended) == len(lengths)
-    assert queue.pool.free_blocks == queue.pool.total_blocks
+    assert queue.store.used_tokens == 0

@@ -55,6 +55,7 @@ def test_defaults() -> None:
         ("max_tokens", 0, 2**31 - 1),
         ("logprobs", 0, 20),
         ("prompt_logprobs", 0, 20),
+        ("priority", -1000, 1000),
     ],
 )
 def test_every_number_has_two_bounds(field: str, least: float, most: float) -> None:
@@ -96,6 +97,8 @@ def test_numbers_are_finite_numbers(text: bytes) -> None:
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
         ({"guided_json": {}}, "guided_json"),
+        ({"user": "u" * 513}, "user"),
+        ({"safety_identifier": 7}, "safety_identifier"),
     ],
 )
 def test_refusals_of_completions(fields: dict[str, Any], param: str) -> None:
@@ -136,7 +139,7 @@ def test_what_clients_send_and_what_changes_nothing_is_taken() -> None:
     """Nulls, the off values of features that are not here, and OpenAI's bookkeeping."""
     nulls = dict.fromkeys(("stop", "n", "temperature", "audio", "stream_options", "reasoning_effort"))
     off = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "parallel_tool_calls": True}
-    bookkeeping = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
+    bookkeeping = {"metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
     assert chat(**nulls, **off, **bookkeeping) == chat()
     assert completion(best_of=1, suffix="", use_beam_search=False) == completion(best_of=1)
 
