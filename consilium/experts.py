@@ -6,7 +6,6 @@ Letters: P (token, expert) pairs, D hidden size, F expert FFN size.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,11 +18,11 @@ from torch.nn import functional
 from consilium import quantization
 from consilium.checkpoint import ExpertTensors
 from consilium.config import Quantization, RowDType
+from consilium.content_hash import content_hash
 from consilium.integer_product import IntegerProduct, find_integer_product
 from consilium.quantization import Quantized
 from consilium.silu import silu_and_multiply
 
-HASH_BYTES = 16
 # Raised whenever the arithmetic of a mode changes by a single bit.
 ARITHMETIC_VERSION = "v1"
 # Float products take other paths for few rows, so they always get this many: a row's bits then stay the same.
@@ -40,12 +39,8 @@ class ExpertWeights:
     down: Tensor | Quantized  # [D, F]
 
     def content_hash(self) -> bytes:
-        """The first 16 bytes of SHA-256 over dtype, shape and bytes of every tensor."""
-        digest = hashlib.sha256()
-        for tensor in self._tensors():
-            digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.view(torch.uint8).numpy().data)
-        return digest.digest()[:HASH_BYTES]
+        """Equal for equal weights (consilium.content_hash)."""
+        return content_hash((self.gate_up, self.down))
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())

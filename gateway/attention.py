@@ -12,8 +12,8 @@ import torch.nn.functional as nn
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
+from consilium.rope import apply_rope
 from gateway.kv_cache import BLOCK, KVCache, blocks_for
-from gateway.rope import apply_rope
 
 
 @dataclass(slots=True)

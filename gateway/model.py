@@ -12,10 +12,10 @@ import torch.nn.functional as nn
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
+from consilium.rope import Rope
 from gateway.attention import Attention, Batch, Segment
 from gateway.dispatcher import ExpertSource
 from gateway.moe_layer import MoELayer
-from gateway.rope import Rope
 
 
 class FeedForward(Protocol):
