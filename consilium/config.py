@@ -31,7 +31,7 @@ from consilium.units import Duration, Size
 ENDPOINT_SCHEME = "grpc://"
 _ENDPOINT = re.compile(re.escape(ENDPOINT_SCHEME) + r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int8-weight-only"]
 RowDType = Literal["float32", "bfloat16"]
 
 
@@ -148,7 +148,7 @@ class Config(Section):
     """A whole deployment; every key has a default."""
 
     model: str = Field("default", min_length=1, description="a Hugging Face folder, or the name of a fetched model")
-    quantization: Quantization = Field("int8", description="arithmetic of the experts")
+    quantization: Quantization = Field("int8", description="arithmetic of the experts; weight-only: float activations")
     dtype: RowDType = Field("float32", description="element type of everything that is not int8")
     gateway: GatewayConfig = GatewayConfig()
     experts: dict[str, ExpertGroupConfig] = Field(default_factory=dict)

@@ -78,6 +78,10 @@ def find_arithmetic(quantization: Quantization, dtype: RowDType, hidden_size: in
     """The arithmetic for a deployment, its kernels proved on this CPU. Raises ConsiliumError when none is right."""
     if quantization == "none":
         return FloatArithmetic(DTYPES[dtype])
+    if quantization == "int8-weight-only":
+        from consilium.weight_only import WeightOnlyArithmetic  # which builds on this module
+
+        return WeightOnlyArithmetic(DTYPES[dtype])
     product = find_integer_product([(2 * expert_size, hidden_size), (hidden_size, expert_size)])
     return Int8Arithmetic(DTYPES[dtype], product)
 
@@ -87,6 +91,15 @@ def compute_expert(
 ) -> Tensor:
     """One expert alone: rows [P, D] -> [P, D]."""
     return arithmetic.compute([weights], [0, rows.shape[0]], rows, scales)
+
+
+def prepare_int8(tensors: ExpertTensors) -> ExpertWeights:
+    """An expert in int8, quantized here unless it is int8 already."""
+    gate, up, down = (
+        matrix if isinstance(matrix, Quantized) else quantization.quantize_weight(matrix) for matrix in tensors
+    )
+    gate_up = Quantized(torch.cat([gate.values, up.values]), torch.cat([gate.scales, up.scales]))  # [2F, D], [2F]
+    return ExpertWeights(gate_up, down)
 
 
 class Int8Arithmetic:
@@ -101,9 +114,7 @@ class Int8Arithmetic:
         self._product = product
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
-        gate, up, down = tensors.floats()
-        gate_up = torch.cat([gate.float(), up.float()])  # [2F, D]
-        return ExpertWeights(quantization.quantize_weight(gate_up), quantization.quantize_weight(down))
+        return prepare_int8(tensors)
 
     def compute(
         self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None
@@ -132,10 +143,7 @@ class FloatArithmetic:
     def __init__(self, dtype: torch.dtype) -> None:
         self.row_dtype = dtype
         self.reply_dtype = dtype
-        # The order of float sums is the library's own, by instruction set and number of threads.
-        kind, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
-        isa = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower()
-        self.numerics_class = f"{kind}/cpu/{isa}/torch-{torch.__version__}/threads-{threads}/{ARITHMETIC_VERSION}"
+        self.numerics_class = float_class(str(dtype).removeprefix("torch."))
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
         gate, up, down = tensors.floats()
@@ -160,6 +168,12 @@ class FloatArithmetic:
             if start < end:
                 parts.append(tiled_linear(x[start:end], weight))
         return _concatenate(parts)
+
+
+def float_class(kind: str) -> str:
+    """The numerics class of float products: the order of their sums is torch's own, by CPU and number of threads."""
+    isa, threads = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower(), torch.get_num_threads()
+    return f"{kind}/cpu/{isa}/torch-{torch.__version__}/threads-{threads}/{ARITHMETIC_VERSION}"
 
 
 def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:

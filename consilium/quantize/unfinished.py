@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from consilium.checkpoint import INDEX_FILE
+from consilium.compressed_tensors import hash_key
 from consilium.errors import ConfigError
 from consilium.model_folder import UNFINISHED
 from consilium.quantize.layer_tensors import Shard
@@ -99,11 +100,6 @@ class Progress:
 
     def _hidden(self, done: int) -> Path:
         return self._folder / _HIDDEN.format(done=done)
-
-
-def hash_key(layer: int, expert: int) -> str:
-    """The key in a shard's metadata under which the content hash of an expert stands, in hexadecimal."""
-    return f"consilium.expert.{layer}.{expert}"
 
 
 def _sha256(file: Path) -> str:
