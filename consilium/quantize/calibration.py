@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as nn
 from torch import Tensor
 
+from consilium.checkpoint import Checkpoint
 from consilium.quantize.float_layer import FloatLayer
 from consilium.smoothing import Exponents, LayerExponents, choose_exponents
+
+# Positions that a calibration token sees at most.
+WINDOW = 1024
 
 
 class Strengths(NamedTuple):
@@ -31,13 +35,14 @@ STRENGTHS = Strengths(attention=0.5, values=0.5, ffn=0.5, hidden=0.5, head=0.5)
 
 
 def calibrate_layer(
-    layer: FloatLayer, x: Tensor, window: int, strengths: Strengths = STRENGTHS
+    layer: FloatLayer, x: Tensor, window: int = WINDOW, strengths: Strengths = STRENGTHS
 ) -> tuple[LayerExponents, Tensor]:
     """The layer's exponents for the text whose hidden states are x [N, D], and the hidden states behind the layer.
 
     Every ``window`` rows of x are a text of their own.
     """
     normed = layer.norm(x, layer.input_norm)  # [N, D]
+    window = min(window, layer.config.max_position)
     heads = torch.cat([layer.attend(each) for each in normed.split(window)])  # [N, H * d]
     x = x + layer.output(heads)
     inputs = _columns(layer.q, layer.k, layer.v)
@@ -47,9 +52,25 @@ def calibrate_layer(
     return LayerExponents(attention, values, ffn, hidden), x + y
 
 
-def calibrate_head(normed: Tensor, head: Tensor, strength: float = STRENGTHS.head) -> Exponents:
-    """The exponents of the final norm and the head [V, D], for hidden states [N, D] behind the final norm."""
-    return _choose(_columns(normed), _columns(head), strength)
+def embed(checkpoint: Checkpoint, tokens: list[int]) -> Tensor:
+    """The hidden states [N, D] in front of the first layer."""
+    config = checkpoint.config
+    embedding = checkpoint.tensor(checkpoint.names.embed, (config.vocab_size, config.hidden_size))
+    return embedding[torch.tensor(tokens)].float()
+
+
+def calibrate_head(checkpoint: Checkpoint, x: Tensor, strength: float = STRENGTHS.head) -> Exponents:
+    """The exponents of the final norm and the head, for hidden states x [N, D] behind the last layer."""
+    norm = checkpoint.tensor(checkpoint.names.final_norm, (x.shape[1],)).float()
+    normed = nn.rms_norm(x, norm.shape, norm, checkpoint.config.rms_norm_eps)
+    return _choose(_columns(normed), _columns(read_head(checkpoint)), strength)
+
+
+def read_head(checkpoint: Checkpoint) -> Tensor:
+    """The head [V, D] in float32, which may be the embedding."""
+    config, names = checkpoint.config, checkpoint.names
+    name = names.embed if config.tie_embeddings else names.head
+    return checkpoint.tensor(name, (config.vocab_size, config.hidden_size)).float()
 
 
 def _calibrate_ffn(layer: FloatLayer, x: Tensor, strengths: Strengths) -> tuple[Exponents, Exponents, Tensor]:

@@ -11,6 +11,7 @@ from consilium.checkpoint import Checkpoint
 from consilium.compressed_tensors import scale_name
 from consilium.content_hash import content_hash
 from consilium.quantization import Quantized, quantize_weight
+from consilium.quantize.calibration import read_head
 from consilium.quantize.float_layer import FloatLayer
 from consilium.smoothing import Exponents, LayerExponents, Shift, fold, head_shifts, layer_shifts
 
@@ -94,10 +95,3 @@ def head_shard(checkpoint: Checkpoint, exponents: Exponents) -> Shard:
     shard.add_float(names.final_norm, checkpoint.tensor(names.final_norm, (config.hidden_size,)))
     shard.add_matrix(names.head, read_head(checkpoint))
     return shard
-
-
-def read_head(checkpoint: Checkpoint) -> Tensor:
-    """The head [V, D] in float32, which may be the embedding."""
-    config, names = checkpoint.config, checkpoint.names
-    name = names.embed if config.tie_embeddings else names.head
-    return checkpoint.tensor(name, (config.vocab_size, config.hidden_size)).float()

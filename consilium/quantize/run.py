@@ -13,23 +13,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
 from consilium.checkpoint import PICKLE_PATTERNS, Checkpoint
 from consilium.compressed_tensors import quantization_config
 from consilium.errors import CheckpointError, ConfigError
 from consilium.model_folder import UNFINISHED
 from consilium.models import is_model_folder
-from consilium.quantize.calibration import STRENGTHS, calibrate_head, calibrate_layer
+from consilium.quantize.calibration import STRENGTHS, calibrate_head, calibrate_layer, embed
 from consilium.quantize.float_layer import FloatLayer
-from consilium.quantize.layer_tensors import Shard, embedding_shard, head_shard, layer_shard, read_head
+from consilium.quantize.layer_tensors import Shard, embedding_shard, head_shard, layer_shard
 from consilium.quantize.text import FEWEST_TOKENS, MOST_TOKENS, calibration_text, encode_text
 from consilium.quantize.unfinished import Progress
 
 # Raise it when the same input would be written differently: an unfinished run of another number is not taken up.
 VERSION = 1
-# Positions that calibration tokens see at most.
-WINDOW = 1024
 # What is written anew, or belongs to the float weights; everything else in the folder is copied.
 NOT_COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json", "provenance.json", ".*", *PICKLE_PATTERNS)
 
@@ -66,8 +63,7 @@ def quantize(
 
 def _write_shards(checkpoint: Checkpoint, tokens: list[int], progress: Progress, advance: Callable[[], None]) -> None:
     """The embedding, every layer, and the head: each a shard, calibrated on what the ones before it computed."""
-    config = checkpoint.config
-    window = min(WINDOW, config.max_position)
+    layers = checkpoint.config.num_layers
 
     def add(shard: Shard, hidden: Tensor | None) -> None:
         progress.add(shard, hidden)
@@ -75,17 +71,13 @@ def _write_shards(checkpoint: Checkpoint, tokens: list[int], progress: Progress,
         advance()
 
     if progress.done == 0:
-        embedding = embedding_shard(checkpoint)
-        add(embedding, embedding.tensors[checkpoint.names.embed][torch.tensor(tokens)].float())
-    for number in range(progress.done - 1, config.num_layers):
+        add(embedding_shard(checkpoint), embed(checkpoint, tokens))
+    for number in range(progress.done - 1, layers):
         layer = FloatLayer(checkpoint, number)
-        moved, hidden = calibrate_layer(layer, _hidden(progress), window)
+        moved, hidden = calibrate_layer(layer, _hidden(progress))
         add(layer_shard(checkpoint, layer, moved), hidden)
-    if progress.done == config.num_layers + 1:
-        norm = checkpoint.tensor(checkpoint.names.final_norm, (config.hidden_size,)).float()
-        normed = rms_norm(_hidden(progress), norm.shape, norm, config.rms_norm_eps)
-        exponents = calibrate_head(normed, read_head(checkpoint), STRENGTHS.head)
-        add(head_shard(checkpoint, exponents), None)
+    if progress.done == layers + 1:
+        add(head_shard(checkpoint, calibrate_head(checkpoint, _hidden(progress))), None)
 
 
 def _hidden(progress: Progress) -> Tensor:

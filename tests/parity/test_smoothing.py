@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from consilium.checkpoint import Checkpoint
-from consilium.quantize.calibration import calibrate_layer
+from consilium.quantize.calibration import calibrate_layer, embed, read_head
 from consilium.quantize.float_layer import FloatLayer
-from consilium.quantize.layer_tensors import read_head
 from consilium.smoothing import LARGEST, LayerExponents, fold, head_shifts, layer_shifts
 from tests.parity.test_model import LLAMA3
 from tests.tiny_models import save_mixtral, save_qwen3_moe
@@ -50,7 +49,7 @@ def test_calibration_computes_what_transformers_computes(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     config, names = checkpoint.config, checkpoint.names
     tokens = torch.randint(config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(3))
-    x = checkpoint.tensor(names.embed, (config.vocab_size, config.hidden_size))[tokens.flatten()]  # [60, D]
+    x = embed(checkpoint, tokens.flatten().tolist())  # [60, D]
     for number in range(config.num_layers):
         layer = FloatLayer(checkpoint, number)
         _, x = calibrate_layer(layer, x, window=30)
