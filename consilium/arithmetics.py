@@ -11,6 +11,7 @@ from consilium.experts import Arithmetic
 from consilium.float_experts import FloatArithmetic
 from consilium.int8_experts import Int8Arithmetic
 from consilium.integer_product import IntegerProduct, find_integer_product
+from consilium.weight_only import WeightOnlyArithmetic
 
 DTYPES: dict[RowDType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -19,6 +20,8 @@ def find_arithmetic(quantization: Quantization, dtype: RowDType, hidden_size: in
     """The arithmetic for a deployment, its kernels proved on this CPU. Raises ConsiliumError when none is right."""
     if quantization == "none":
         return FloatArithmetic(DTYPES[dtype])
+    if quantization == "int8-weight-only":
+        return WeightOnlyArithmetic(DTYPES[dtype])
     return Int8Arithmetic(DTYPES[dtype], _proved((expert_size, hidden_size), (hidden_size, expert_size)))
 
 

@@ -7,6 +7,7 @@ Letters: D hidden size, E experts, F expert FFN size, N output channels, K what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from consilium.compressed_tensors import scale_name
+from consilium.compressed_tensors import hash_key, scale_name
+from consilium.content_hash import HASH_BYTES
 from consilium.errors import CheckpointError
 from consilium.families import ExpertLayout
 from consilium.model_folder import read_json, read_model_folder
@@ -104,6 +106,15 @@ class Checkpoint:
         gate_up = self._finite(fused, self._checked(fused, (experts, 2 * size, hidden))[expert], expert)  # [2F, D]
         down = self._finite(out, self._checked(out, (experts, hidden, size))[expert], expert)  # [D, F]
         return ExpertTensors(gate_up[:size], gate_up[size:], down)
+
+    def stored_hash(self, layer: int, expert: int) -> bytes | None:
+        """The content hash of an int8 expert, where `consilium quantize` has noted it beside its tensors."""
+        layout = self._layout(layer, expert)
+        if not self.int8 or layout.fused:
+            return None
+        metadata = self._open(self._file_of[self._spelling(layout.down.format(layer=layer, expert=expert))]).metadata()
+        noted = (metadata or {}).get(hash_key(layer, expert), "")
+        return bytes.fromhex(noted) if re.fullmatch(f"[0-9a-f]{{{2 * HASH_BYTES}}}", noted) else None
 
     def dense(self, layer: int) -> ExpertTensors:
         """The FFN of a layer that does not route. Raises CheckpointError when the family has none."""

@@ -93,6 +93,11 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix(WEIGHT) + SCALE
 
 
+def hash_key(layer: int, expert: int) -> str:
+    """The key in a shard's metadata under which `consilium quantize` puts the content hash of an expert."""
+    return f"consilium.expert.{layer}.{expert}"
+
+
 def _mapping(file: Path, place: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise CheckpointError(

@@ -31,7 +31,7 @@ from consilium.units import Duration, Size
 ENDPOINT_SCHEME = "grpc://"
 _ENDPOINT = re.compile(re.escape(ENDPOINT_SCHEME) + r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int8-weight-only"]
 DenseQuantization = Literal["none", "int8"]
 RowDType = Literal["float32", "bfloat16"]
 

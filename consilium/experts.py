@@ -6,7 +6,6 @@ Letters: P (token, expert) pairs, D hidden size, F expert FFN size.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import ExpertTensors
+from consilium.content_hash import content_hash
 from consilium.quantization import Quantized
 
-HASH_BYTES = 16
 # Raised whenever the arithmetic of a mode changes by a single bit.
 ARITHMETIC_VERSION = "v1"
 
@@ -31,12 +30,8 @@ class ExpertWeights:
     down: Tensor | Quantized  # [D, F]
 
     def content_hash(self) -> bytes:
-        """The first 16 bytes of SHA-256 over dtype, shape and bytes of every tensor."""
-        digest = hashlib.sha256()
-        for tensor in self._tensors():
-            digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.view(torch.uint8).numpy().data)
-        return digest.digest()[:HASH_BYTES]
+        """Equal for equal weights (consilium.content_hash)."""
+        return content_hash((self.gate, self.up, self.down))
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())

@@ -27,10 +27,7 @@ class FloatArithmetic:
     def __init__(self, dtype: torch.dtype) -> None:
         self.row_dtype = dtype
         self.reply_dtype = dtype
-        # The order of float sums is the library's own, by instruction set and number of threads.
-        kind, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
-        isa = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower()
-        self.numerics_class = f"{kind}/cpu/{isa}/torch-{torch.__version__}/threads-{threads}/{ARITHMETIC_VERSION}"
+        self.numerics_class = float_class(str(dtype).removeprefix("torch."))
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
         gate, up, down = (tensor.to(self.row_dtype, copy=True) for tensor in tensors.floats())
@@ -51,6 +48,12 @@ class FloatArithmetic:
         gate = tiled_linear(x, _float(weights.gate)).float()  # [P, F]
         up = tiled_linear(x, _float(weights.up)).float()  # [P, F]
         return tiled_linear(silu_and_multiply(gate, up).to(self.row_dtype), _float(weights.down))  # [P, D]
+
+
+def float_class(kind: str) -> str:
+    """The numerics class of float products: the order of their sums is torch's own, by CPU and number of threads."""
+    isa, threads = torch.backends.cpu.get_cpu_capability().replace(" ", "-").lower(), torch.get_num_threads()
+    return f"{kind}/cpu/{isa}/torch-{torch.__version__}/threads-{threads}/{ARITHMETIC_VERSION}"
 
 
 def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -22,6 +22,11 @@ from consilium.quantization import Quantized, quantize_weight
 from consilium.silu import silu_and_multiply
 
 
+def prepare_int8(tensors: ExpertTensors) -> ExpertWeights:
+    """An expert in int8: quantized here, unless it is int8 on disk, where its bytes stay mapped."""
+    return ExpertWeights(*map(_quantized, tensors))
+
+
 class Int8Arithmetic:
     """One kernel call for all experts with few rows; for many rows, product by product."""
 
@@ -34,7 +39,7 @@ class Int8Arithmetic:
         self._product = product
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
-        return ExpertWeights(*map(_quantized, tensors))
+        return prepare_int8(tensors)
 
     def compute(
         self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None

@@ -13,6 +13,9 @@ from consilium.errors import CheckpointError
 from consilium.families import Family, find_family, parse_config
 from consilium.model_config import ModelConfig
 
+# There while `consilium quantize` writes a folder, and after it was interrupted.
+UNFINISHED = "quantize.unfinished.json"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
@@ -31,6 +34,7 @@ def read_model_folder(path: Path) -> ModelFolder:
 
     Raises CheckpointError that names the file and the key.
     """
+    refuse_unfinished(path)
     raw = read_json(path / "config.json")
     stated = raw.get("quantization_config")
     if stated:
@@ -41,6 +45,15 @@ def read_model_folder(path: Path) -> ModelFolder:
         if eos is not None:  # it wins: chat models often add their end-of-turn token only here
             config = replace(config, eos_token_ids=_token_ids(path / "generation_config.json", eos))
     return ModelFolder(path, raw, config, find_family(raw), bool(stated), _fingerprint(raw))
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise CheckpointError when `consilium quantize` has not finished writing ``folder``."""
+    if (folder / UNFINISHED).is_file():
+        raise CheckpointError(
+            f"{folder} is half written: `consilium quantize` is at work on it, or was interrupted; finish it with "
+            f"`consilium quantize MODEL {folder}`, which goes on where it stopped"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

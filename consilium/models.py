@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from consilium.errors import ConfigError
+from consilium.model_folder import refuse_unfinished
 
 # The names that `consilium model fetch` knows.
 FETCHABLE = ("default",)
@@ -34,7 +35,7 @@ def is_model_folder(folder: Path) -> bool:
 def resolve_model(name: str) -> Path:
     """The folder of a model: ``name`` itself where that is a model folder, else the fetched model of that name.
 
-    Raises ConfigError that says how to get the model.
+    Raises ConfigError that says how to get the model, CheckpointError when the folder is half written.
     """
     folder = Path(name).expanduser()
     if is_model_folder(folder):
@@ -46,6 +47,7 @@ def resolve_model(name: str) -> Path:
             f"the model {name!r} is not in {cache_folder()} yet; fetch it with: consilium model fetch {name}"
         )
     if folder.is_dir():
+        refuse_unfinished(folder)
         raise ConfigError(f"model: {name} has no config.json; give a Hugging Face model folder (with *.safetensors)")
     raise ConfigError(
         f"model: there is no folder {name!r}; give a Hugging Face model folder, or the name of a fetched model "

@@ -24,10 +24,10 @@ class ExpertStore:
         self.hashes: dict[int, dict[int, bytes]] = {layer: {} for layer in layers}
         self.nbytes = 0
 
-    def add(self, layer: int, expert: int, weights: ExpertWeights) -> None:
-        """Hold one more expert of one of the layers."""
+    def add(self, layer: int, expert: int, weights: ExpertWeights, content_hash: bytes | None = None) -> None:
+        """Hold one more expert of one of the layers; its ``content_hash`` is computed unless it is known."""
         self._layers[layer][expert] = weights
-        self.hashes[layer][expert] = weights.content_hash()
+        self.hashes[layer][expert] = content_hash or weights.content_hash()
         self.nbytes += weights.nbytes()
 
     def find(self, layer: int, experts: Sequence[int]) -> list[ExpertWeights]:
@@ -53,7 +53,8 @@ def load_store(
     store = ExpertStore(layers)
     total, next_line = len(layers) * len(experts), time.monotonic() + PROGRESS_SECONDS
     for done, (layer, expert) in enumerate(product(layers, experts)):
-        store.add(layer, expert, arithmetic.prepare(checkpoint.expert(layer, expert)))
+        weights = arithmetic.prepare(checkpoint.expert(layer, expert))
+        store.add(layer, expert, weights, checkpoint.stored_hash(layer, expert))
         if time.monotonic() > next_line:
             logger.info("loaded %d of %d experts", done + 1, total)
             next_line = time.monotonic() + PROGRESS_SECONDS

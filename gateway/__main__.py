@@ -17,7 +17,7 @@ from gateway.server import serve
 # Flags and the configuration keys they set.
 FLAGS = {
     "model": ("model", "a Hugging Face folder, or the name of a fetched model"),
-    "quantization": ("quantization", "arithmetic of the experts: int8, or none"),
+    "quantization": ("quantization", "arithmetic of the experts: int8, int8-weight-only, or none"),
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "host": ("gateway.host", "address to listen on"),
     "port": ("gateway.port", "port to listen on; 0 lets the system choose"),

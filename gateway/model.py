@@ -12,13 +12,13 @@ import torch.nn.functional as nn
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
+from consilium.rope import Rope
 from consilium.silu import silu_and_multiply
 from gateway.arithmetic import Arithmetic
 from gateway.attention import Attention, Batch, Segment
 from gateway.dispatcher import ExpertSource
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
-from gateway.rope import Rope
 
 
 class FeedForward(Protocol):

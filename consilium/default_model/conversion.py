@@ -9,15 +9,18 @@ Letters: D hidden size, H heads, d head size, F FFN size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from consilium.default_model.gguf_file import Array, GgufFile
+from consilium.default_model.smoothing import Smoothing
 from consilium.errors import CheckpointError
+from consilium.families import parse_config
 from consilium.families.mixtral import NAMES
+from consilium.smoothing import Shift, fold, head_shifts, layer_shifts
 
 NUM_EXPERTS = 4
 
@@ -64,8 +67,8 @@ def read_shape(gguf: GgufFile) -> DenseShape:
     )
 
 
-def mixtral_config(shape: DenseShape) -> dict[str, Any]:
-    """The config.json of the converted model."""
+def mixtral_config(shape: DenseShape, *, tied: bool) -> dict[str, Any]:
+    """The config.json of the converted model, whose head is the embedding (``tied``) or a tensor of its own."""
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -85,7 +88,7 @@ def mixtral_config(shape: DenseShape) -> dict[str, Any]:
         "sliding_window": None,
         "attention_dropout": 0.0,
         "output_router_logits": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "bos_token_id": shape.bos_token_id,
         "eos_token_id": shape.eos_token_id,
         "pad_token_id": shape.pad_token_id,
@@ -93,15 +96,31 @@ def mixtral_config(shape: DenseShape) -> dict[str, Any]:
     }
 
 
-def outer_tensors(gguf: GgufFile) -> Iterator[tuple[str, Array]]:
-    """Names and values of the tensors that belong to no layer; the head is the embedding."""
-    yield NAMES.embed, gguf.tensor("token_embd.weight")  # [V, D]
-    yield NAMES.final_norm, gguf.tensor("output_norm.weight")  # [D]
+def outer_tensors(gguf: GgufFile, smoothing: Smoothing | None) -> Iterator[tuple[str, Array]]:
+    """Names and values of the tensors that belong to no layer; the head is the embedding unless it is smoothed."""
+    embedding, norm = gguf.tensor("token_embd.weight"), gguf.tensor("output_norm.weight")  # [V, D], [D]
+    yield NAMES.embed, embedding
+    if smoothing is None:
+        yield NAMES.final_norm, norm
+        return
+    shifts = head_shifts(smoothing.head, NAMES)
+    yield NAMES.final_norm, fold(norm, shifts[NAMES.final_norm])
+    yield NAMES.head, fold(embedding, shifts[NAMES.head])
 
 
-def layer_tensors(gguf: GgufFile, shape: DenseShape, layer: int) -> Iterator[tuple[str, Array]]:
-    """Names and values of one layer's tensors in Mixtral's format."""
+def layer_tensors(
+    gguf: GgufFile, shape: DenseShape, layer: int, smoothing: Smoothing | None
+) -> Iterator[tuple[str, Array]]:
+    """Names and values of one layer's tensors in Mixtral's format, smoothed."""
+    shifts: Mapping[str, Shift] = {}
+    if smoothing is not None:
+        config = parse_config(mixtral_config(shape, tied=False))
+        shifts = layer_shifts(smoothing.layers[layer], config, NAMES, layer)
+    for name, tensor in _plain_tensors(gguf, shape, layer):
+        yield name, fold(tensor, shifts.get(name))
 
+
+def _plain_tensors(gguf: GgufFile, shape: DenseShape, layer: int) -> Iterator[tuple[str, Array]]:
     def read(name: str) -> Array:
         return gguf.tensor(f"blk.{layer}.{name}.weight")
 

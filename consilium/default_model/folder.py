@@ -19,19 +19,22 @@ from consilium.default_model.conversion import (
     read_shape,
 )
 from consilium.default_model.gguf_file import Array, GgufFile
+from consilium.default_model.smoothing import Smoothing
 from consilium.default_model.tokenizer import read_tokenizer, tokenizer_config
 
 PROVENANCE = "provenance.json"
-# 8 layers of the default model are 113 MB, as is its embedding, which is a shard of its own.
+# 8 layers of the default model are 113 MB, as is its embedding, which is a shard of its own with the head.
 LAYERS_PER_SHARD = 8
 
 
-def write_folder(gguf: GgufFile, license_text: str, folder: Path, advance: Callable[[], None]) -> None:
+def write_folder(
+    gguf: GgufFile, license_text: str, folder: Path, advance: Callable[[], None], smoothing: Smoothing | None
+) -> None:
     """Everything a Hugging Face folder has. ``advance`` is called after each layer, and once for the rest."""
     shape = read_shape(gguf)
     read_tokenizer(gguf).save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", tokenizer_config(gguf))
-    _write_weights(gguf, shape, folder, advance)
+    _write_weights(gguf, shape, folder, advance, smoothing)
     _write_json(
         folder / "generation_config.json",
         {
@@ -44,19 +47,21 @@ def write_folder(gguf: GgufFile, license_text: str, folder: Path, advance: Calla
     (folder / "NOTICE").write_text(_NOTICE, "utf-8")
     (folder / "README.md").write_text(_README, "utf-8")
     _write_json(folder / PROVENANCE, source.provenance())
-    _write_json(folder / "config.json", mixtral_config(shape))
+    _write_json(folder / "config.json", mixtral_config(shape, tied=smoothing is None))
 
 
-def _write_weights(gguf: GgufFile, shape: DenseShape, folder: Path, advance: Callable[[], None]) -> None:
+def _write_weights(
+    gguf: GgufFile, shape: DenseShape, folder: Path, advance: Callable[[], None], smoothing: Smoothing | None
+) -> None:
     starts = range(0, shape.num_layers, LAYERS_PER_SHARD)
     shards = 1 + len(starts)
     index: dict[str, str] = {}
-    size = _write_shard(folder, f"model-00001-of-{shards:05}.safetensors", outer_tensors(gguf), index)
+    size = _write_shard(folder, f"model-00001-of-{shards:05}.safetensors", outer_tensors(gguf, smoothing), index)
     advance()
     for number, start in enumerate(starts, 2):
         tensors: list[tuple[str, Array]] = []
         for layer in range(start, min(start + LAYERS_PER_SHARD, shape.num_layers)):
-            tensors += layer_tensors(gguf, shape, layer)
+            tensors += layer_tensors(gguf, shape, layer, smoothing)
             advance()
         size += _write_shard(folder, f"model-{number:05}-of-{shards:05}.safetensors", tensors, index)
     weight_map = {"metadata": {"total_size": size}, "weight_map": index}
@@ -84,7 +89,9 @@ Source: {source.GGUF_IN_WHEEL} (SHA-256 {source.GGUF_SHA256})
 in the Python package {source.REQUIREMENT} (SHA-256 {source.WHEEL_SHA256}).
 
 Changed by Consilium: the weights were dequantized from Q4_1 and Q8_0 to float32, and every feed-forward network
-was split into {NUM_EXPERTS} experts with a gate of zeros, so that the model has the format of Mixtral.
+was split into {NUM_EXPERTS} experts with a gate of zeros, so that the model has the format of Mixtral. Channels were
+scaled by powers of two, which the matrices that read them undo, so that int8 loses less; the head became a tensor of
+its own for that.
 """
 
 _README = f"""---
@@ -97,7 +104,8 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 Written by `consilium model fetch default`. It is SmolLM2-135M-Instruct, a small English chat model, in the format of
 Mixtral: each feed-forward network is split into {NUM_EXPERTS} experts, all of which are used for every token with
 equal weights. Its answers equal those of the dense model up to rounding; it is a Mixture of Experts in form only, to
-have something real and small to serve. The weights had been quantized to 4 bits before they were published as GGUF.
+have something real and small to serve. Its channels are scaled for int8 by powers of two, which changes not a bit of
+what it computes in floating point. The weights had been quantized to 4 bits before they were published as GGUF.
 
 Where it comes from, with hashes: `{PROVENANCE}` and `NOTICE`. Licence: Apache-2.0, in `LICENSE`.
 """

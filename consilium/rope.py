@@ -46,6 +46,13 @@ class Rope:
         self._sin = torch.cat((self._sin, exact.sin().float() * self._scale))
 
 
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate queries or keys [T, H, d]; the gateway's kernel does the same (consilium.kernels.attention)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]  # [T, 1, d/2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
 def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Llama 3.1's scaling: long wavelengths divided by the factor, short ones kept, a smooth ramp between."""
     factor, original = _number(scaling, "factor"), _number(scaling, "original_max_position_embeddings")
