@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as nn
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from gateway.attention import Attention, Batch, Segment
 from gateway.dispatcher import ExpertSource
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
+from gateway.norm import RMSNorm
 
 
 class FeedForward(Protocol):
@@ -46,9 +46,8 @@ class Block:
     def __init__(self, checkpoint: Checkpoint, layer: int, arithmetic: Arithmetic, experts: ExpertSource) -> None:
         config, names, dtype = checkpoint.config, checkpoint.names, arithmetic.residual_dtype
         maker = LinearMaker(dtype, arithmetic.dense)
-        self._input_norm = _norm_weight(checkpoint, names.input_norm.format(layer=layer), dtype)
-        self._post_norm = _norm_weight(checkpoint, names.post_norm.format(layer=layer), dtype)
-        self._eps = config.rms_norm_eps
+        self._input_norm = RMSNorm(checkpoint, names.input_norm.format(layer=layer), dtype)
+        self._post_norm = RMSNorm(checkpoint, names.post_norm.format(layer=layer), dtype)
         self._attention = Attention(checkpoint, layer, maker)
         self._feed_forward: FeedForward = (
             MoELayer(checkpoint, layer, experts, arithmetic)
@@ -58,8 +57,8 @@ class Block:
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]."""
-        x = x + self._attention.forward(nn.rms_norm(x, x.shape[1:], self._input_norm, self._eps), batch)
-        return x + await self._feed_forward.forward(nn.rms_norm(x, x.shape[1:], self._post_norm, self._eps), batch)
+        x = x + self._attention.forward(self._input_norm.forward(x), batch)
+        return x + await self._feed_forward.forward(self._post_norm.forward(x), batch)
 
 
 class Model:
@@ -71,8 +70,8 @@ class Model:
         self._embed = checkpoint.tensor(names.embed, shape).to(dtype)  # [V, D]
         head = self._embed if config.tie_embeddings else checkpoint.matrix(names.head, shape)
         self._head = LinearMaker(dtype, arithmetic.dense).make([head])
-        self._norm = _norm_weight(checkpoint, names.final_norm, dtype)
-        self._eps, self._rope = config.rms_norm_eps, Rope(config)
+        self._norm = RMSNorm(checkpoint, names.final_norm, dtype)
+        self._rope = Rope(config)
         self._blocks = [Block(checkpoint, layer, arithmetic, experts) for layer in range(config.num_layers)]
 
     def batch(self, tokens: list[int], segments: list[Segment]) -> Batch:
@@ -88,12 +87,8 @@ class Model:
             x = await block.forward(x, batch)
             if not batch.live_rows():
                 break
-        return nn.rms_norm(x, x.shape[1:], self._norm, self._eps)
+        return self._norm.forward(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, V] float32."""
         return self._head.forward(hidden).float()
-
-
-def _norm_weight(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    return checkpoint.tensor(name, (checkpoint.config.hidden_size,)).to(dtype)

@@ -20,6 +20,7 @@ import numpy as np
 from consilium.kernels.arithmetic import ONE, ZERO, exp, from_bfloat16, to_bfloat16
 from consilium.kernels.compiler import floats, halves, kernel, longs
 from consilium.kernels.float_tile import LANES
+from consilium.kernels.norm import normalize
 from consilium.kernels.product import product
 
 BLOCK = 4  # queries of one head that share one pass over keys and values
@@ -34,13 +35,7 @@ def prepare(x: Any, norm: int, epsilon: Any, cos: Any, sin: Any) -> None:
     """
     size = x.shape[0]
     if norm:
-        weight = floats(norm, size)
-        total = ZERO
-        for i in range(size):
-            total += x[i] * x[i]
-        factor = ONE / np.sqrt(total / np.float32(size) + epsilon)
-        for i in range(size):
-            x[i] = x[i] * factor * weight[i]
+        normalize(x, floats(norm, size), epsilon, x)
     half = size // 2
     for i in range(half):
         first, second = x[i], x[half + i]

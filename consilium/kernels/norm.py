@@ -1,0 +1,43 @@
+"""RMS norm (Zhang & Sennrich 2019) with its sum in one fixed order.
+
+total = sixteen sums of squares, of the elements with the same index mod 16, each in order; then these in order
+y     = x · (1 / sqrt(total / D + epsilon)) · weight
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from consilium.kernels.arithmetic import ONE, ZERO
+from consilium.kernels.compiler import floats, kernel
+from consilium.kernels.float_tile import LANES
+
+
+@kernel
+def normalize(x: Any, weight: Any, epsilon: Any, out: Any) -> None:
+    """One row [D]; ``out`` may be ``x``."""
+    size = x.shape[0]
+    lanes = np.zeros(LANES, np.float32)
+    whole = size // LANES
+    for block in range(whole):
+        part = x[block * LANES : (block + 1) * LANES]
+        for lane in range(LANES):
+            lanes[lane] += part[lane] * part[lane]
+    for lane in range(size - whole * LANES):
+        lanes[lane] += x[whole * LANES + lane] * x[whole * LANES + lane]
+    total = ZERO
+    for lane in range(LANES):
+        total += lanes[lane]
+    factor = ONE / np.sqrt(total / np.float32(size) + epsilon)
+    for i in range(size):
+        out[i] = x[i] * factor * weight[i]
+
+
+@kernel
+def rms_norm(x: int, rows: int, size: int, weight: int, epsilon: Any, out: int) -> None:
+    """float32 [T, D] at ``out`` from x [T, D] and weight [D], every row by itself."""
+    scale = floats(weight, size)
+    for row in range(rows):
+        normalize(floats(x + 4 * row * size, size), scale, epsilon, floats(out + 4 * row * size, size))
