@@ -6,13 +6,14 @@ smoothed model computes the same bits as the original in floating point, short o
 
 Where a channel is made and used:
     attention  rows of the input norm          columns of the query, key and value projections
-    values     rows of the value projection    columns of the output projection, for every query head of the group
     ffn        rows of the post-attention norm  columns of the router and of the gate and up projections
     hidden     rows of an up projection        columns of the same expert's down projection
     head       rows of the final norm          columns of the head, which then is not the embedding any more
 
-Letters: D hidden size, Hkv key-value heads, d head size, E experts of the layer (1 where it does not
-route), F FFN size.
+Values and the output projection are left as they are: smoothing them made the default model worse at every strength
+(a mean divergence of 0.00048 nats and more, against 0.00036 without).
+
+Letters: D hidden size, E experts of the layer (1 where it does not route), F FFN size.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ class LayerExponents:
     """By how many powers of two each channel of one layer is moved."""
 
     attention: Exponents  # [D]
-    values: Exponents  # [Hkv * d]
     ffn: Exponents  # [D]
     hidden: Exponents  # [E, F]
 
@@ -65,23 +65,18 @@ def choose_exponents(activations: Array, weights: Array, strength: float) -> Exp
 
 def layer_shifts(exponents: LayerExponents, config: ModelConfig, names: Names, layer: int) -> Mapping[str, Shift]:
     """What becomes of each tensor of ``layer`` that smoothing changes, by its name."""
-    attention, values = exponents.attention.astype(np.int32), exponents.values.astype(np.int32)
-    ffn, hidden = exponents.ffn.astype(np.int32), exponents.hidden.astype(np.int32)
-    group = config.num_heads // config.num_kv_heads
-    heads = np.repeat(values.reshape(config.num_kv_heads, 1, -1), group, axis=1).reshape(-1)  # [H * d]
+    attention, ffn = exponents.attention.astype(np.int32), exponents.ffn.astype(np.int32)
     shifts = {
         names.input_norm: Shift(rows=-attention),
         f"{names.q_proj}.weight": Shift(columns=attention),
         f"{names.k_proj}.weight": Shift(columns=attention),
-        f"{names.v_proj}.weight": Shift(-values, attention),
-        f"{names.v_proj}.bias": Shift(rows=-values),
-        f"{names.o_proj}.weight": Shift(columns=heads),
+        f"{names.v_proj}.weight": Shift(columns=attention),
         names.post_norm: Shift(rows=-ffn),
         names.router: Shift(columns=ffn),
     }
     routes = config.moe_layers[layer]
     layout = names.experts[0] if routes or names.dense is None else names.dense
-    for expert, each in enumerate(hidden):
+    for expert, each in enumerate(exponents.hidden.astype(np.int32)):
         for template, shift in (
             (layout.gate, Shift(columns=ffn)),
             (layout.up, Shift(-each, ffn)),

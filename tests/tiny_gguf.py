@@ -82,10 +82,7 @@ def random_smoothing(seed: int = 1) -> Smoothing:
     def draw(*shape: int) -> NDArray[np.int8]:
         return random.integers(-3, 3, shape, np.int8, endpoint=True)
 
-    layers = [
-        LayerExponents(draw(HIDDEN), draw(KV_HEADS * HEAD_DIM), draw(HIDDEN), draw(NUM_EXPERTS, FFN // NUM_EXPERTS))
-        for _ in range(LAYERS)
-    ]
+    layers = [LayerExponents(draw(HIDDEN), draw(HIDDEN), draw(NUM_EXPERTS, FFN // NUM_EXPERTS)) for _ in range(LAYERS)]
     return Smoothing(layers, draw(HIDDEN))
 
 

@@ -1,4 +1,4 @@
-"""`consilium gateway` and `consilium expert`: the services' own programs, found by name.
+"""`consilium gateway`, `expert` and `eval`: the services' own programs, found by name.
 
 The shared kernel imports no service, so they are run as `python -m` would run them.
 """
@@ -14,9 +14,10 @@ from types import FrameType
 SERVICES = {
     "gateway": "run the gateway: HTTP, scheduling, attention, gating",
     "expert": "run one expert worker",
+    "eval": "say what each quantization costs in accuracy, on a text",
 }
 # The program of each service; `consilium up` starts the same ones.
-MODULES = {"gateway": "gateway", "expert": "expert_service"}
+MODULES = {"gateway": "gateway", "expert": "expert_service", "eval": "gateway.evaluate"}
 
 
 def run(service: str, arguments: Sequence[str]) -> int:

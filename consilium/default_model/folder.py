@@ -46,7 +46,7 @@ def write_folder(
     (folder / "LICENSE").write_text(license_text, "utf-8")
     (folder / "NOTICE").write_text(_NOTICE, "utf-8")
     (folder / "README.md").write_text(_README, "utf-8")
-    _write_json(folder / PROVENANCE, source.provenance())
+    _write_json(folder / PROVENANCE, source.provenance(smoothed=smoothing is not None))
     _write_json(folder / "config.json", mixtral_config(shape, tied=smoothing is None))
 
 

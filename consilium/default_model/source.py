@@ -21,7 +21,7 @@ CONVERSION = 2
 REQUIREMENT = f"{PACKAGE}=={VERSION}"
 
 
-def provenance() -> dict[str, Any]:
+def provenance(*, smoothed: bool = True) -> dict[str, Any]:
     """What provenance.json in the fetched folder says; a folder that says otherwise is out of date."""
     return {
         "model": "SmolLM2-135M-Instruct",
@@ -32,5 +32,5 @@ def provenance() -> dict[str, Any]:
         "gguf": GGUF_IN_WHEEL,
         "gguf_sha256": GGUF_SHA256,
         "conversion": CONVERSION,
-        "smoothing_sha256": file_hash(),
+        "smoothing_sha256": file_hash() if smoothed else None,
     }

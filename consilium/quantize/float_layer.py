@@ -5,8 +5,6 @@ Letters: N tokens of all windows, T of one window, D hidden size, H query heads,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as nn
 from torch import Tensor
@@ -88,8 +86,3 @@ class FloatLayer:
         read = self._checkpoint.expert(self.layer, expert) if self.routes else self._checkpoint.dense(self.layer)
         gate, up, down = read.floats()
         return gate.float(), up.float(), down.float()
-
-
-def split_windows(tokens: Sequence[int], length: int) -> list[list[int]]:
-    """``tokens`` in windows of ``length``; the last may be shorter."""
-    return [list(tokens[start : start + length]) for start in range(0, len(tokens), length)]

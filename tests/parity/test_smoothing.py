@@ -70,7 +70,7 @@ def test_a_smoothed_model_computes_the_same_bits(folder: Path, tmp_path: Path) -
     tokens = torch.randint(checkpoint.config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(4))
     assert torch.equal(logits(smoothed, tokens), logits(folder, tokens))
     untouched = {name for name in tensors if name not in changed}
-    expected = ("embed_tokens.weight", "q_norm.weight", "k_norm.weight", "q_proj.bias", "k_proj.bias", "o_proj.bias")
+    expected = ("embed_tokens.weight", "q_norm.weight", "k_norm.weight", "proj.bias", "o_proj.weight")
     assert all(name.endswith(expected) for name in untouched)
 
 
@@ -84,8 +84,7 @@ def smooth(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> set[str]:
     shifts = dict(head_shifts(draw(config.hidden_size), checkpoint.names))
     for layer, routes in enumerate(config.moe_layers):
         hidden = draw(config.num_experts, config.expert_size) if routes else draw(1, config.dense_size)
-        values = draw(config.num_kv_heads * config.head_dim)
-        exponents = LayerExponents(draw(config.hidden_size), values, draw(config.hidden_size), hidden)
+        exponents = LayerExponents(draw(config.hidden_size), draw(config.hidden_size), hidden)
         shifts |= layer_shifts(exponents, config, checkpoint.names, layer)
     for name, shift in shifts.items():
         if name in tensors:

@@ -1,0 +1,48 @@
+"""Experts computed in this process, straight from the checkpoint: no workers, no wire, the same arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from consilium.checkpoint import Checkpoint
+from consilium.experts import Arithmetic, ExpertWeights
+from gateway.batches import ExpertBatches
+
+T = TypeVar("T")
+
+
+class LocalExperts:
+    """An ExpertSource that keeps every expert it was asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, arithmetic: Arithmetic) -> None:
+        self._checkpoint, self._arithmetic = checkpoint, arithmetic
+        self._held: dict[tuple[int, int], ExpertWeights] = {}
+
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
+        """Outputs [T * K, D] float32 in the places of ``batches.slots``; nothing fails."""
+        outputs = torch.empty(batches.places, batches.rows.shape[1])
+        experts = [self._expert(layer, int(expert)) for expert in batches.experts]
+        tokens = torch.from_numpy(batches.tokens)
+        scales = None if batches.scales is None else batches.scales[tokens]
+        found = self._arithmetic.compute(experts, batches.offsets.tolist(), batches.rows[tokens], scales)  # [P, D]
+        outputs[torch.from_numpy(batches.slots)] = found.float()
+        return outputs, {}
+
+    def _expert(self, layer: int, expert: int) -> ExpertWeights:
+        if (layer, expert) not in self._held:
+            self._held[layer, expert] = self._arithmetic.prepare(self._checkpoint.expert(layer, expert))
+        return self._held[layer, expert]
+
+
+def run_now(coroutine: Coroutine[Any, None, T]) -> T:
+    """The result of a coroutine that waits for nothing, as those over LocalExperts do."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("a coroutine over local experts waited for something")
