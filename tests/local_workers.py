@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as nn
 from torch import Tensor
 
+from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
 from consilium.frames import Frame, encode_result
 from gateway.dispatcher import Dispatcher, Reply
@@ -29,12 +31,34 @@ def reference_rows(checkpoint: Checkpoint, frame: Frame) -> Tensor:
     return torch.cat(rows)
 
 
+Compute = Callable[[Frame], Tensor]  # output rows [P, D] of a frame
+
+
+class Int8Rows:
+    """What an int8 worker answers: the arithmetic of the expert service, with every expert at hand."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = checkpoint.config
+        self._arithmetic = find_arithmetic("int8", "float32", config.hidden_size, config.expert_size)
+        self._experts = {
+            (layer, expert): self._arithmetic.prepare(checkpoint.expert(layer, expert))
+            for layer in config.expert_layers()
+            for expert in range(config.num_experts)
+        }
+
+    def __call__(self, frame: Frame) -> Tensor:
+        assert frame.scales is not None
+        experts = [self._experts[frame.layer, expert] for expert in frame.experts]
+        rows, scales = frame.rows[frame.indices.long()], frame.scales[frame.indices.long()]
+        return self._arithmetic.compute(experts, frame.offsets, rows, scales)
+
+
 @dataclass
 class LocalWorker:
     """Answers at once, or with what ``misbehave`` raises."""
 
     address: str
-    checkpoint: Checkpoint
+    compute: Compute
     mailbox: Mailbox
     group: str = "experts"
     frames: list[Frame] = field(default_factory=list)
@@ -50,18 +74,19 @@ class LocalWorker:
         if error is not None:
             self.mailbox.settle(completion, error)
         else:
-            result = encode_result(reference_rows(self.checkpoint, frame), 0.0, 0.0)
+            result = encode_result(self.compute(frame), 0.0, 0.0)
             self.mailbox.settle(completion, Reply(result, time.monotonic() - deadline + 10, 1, 1))
         return completion
 
 
 def local_dispatcher(
-    checkpoint: Checkpoint, mailbox: Mailbox, experts: Iterable[Iterable[int]]
+    checkpoint: Checkpoint, mailbox: Mailbox, experts: Iterable[Iterable[int]], compute: Compute | None = None
 ) -> tuple[Dispatcher, list[LocalWorker]]:
     """A dispatcher over one worker for each set of experts; every worker holds its set in every layer."""
+    compute = compute or partial(reference_rows, checkpoint)
     dispatcher = Dispatcher(torch.float32, 10.0, ExpertMeter(checkpoint.config))
     held = {f"worker-{number}:1": list(each) for number, each in enumerate(experts)}
-    workers = [LocalWorker(address, checkpoint, mailbox) for address in held]
+    workers = [LocalWorker(address, compute, mailbox) for address in held]
     dispatcher.workers = {worker.address: worker for worker in workers}
     layers = checkpoint.config.expert_layers()
     dispatcher.placement = build_placement(

@@ -21,7 +21,7 @@ from gateway.mailbox import Mailbox
 from gateway.messages import Abort, EngineStats, Failure, Generate, Output, SamplingParams, TokenLogprobs
 from gateway.model import Model
 from gateway.scheduler import Scheduler
-from tests.local_workers import LocalWorker, local_dispatcher
+from tests.local_workers import Compute, LocalWorker, local_dispatcher
 from tests.tiny_models import save_mixtral
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 3, 4, 2, 384
@@ -84,14 +84,16 @@ class Served:
         experts: Iterable[Iterable[int]] = ((0, 2), (1, 3)),
         *,
         prefix_cache: bool = True,
+        arithmetic: Arithmetic | None = None,
+        compute: Compute | None = None,
     ) -> None:
         config = checkpoint.config
         self.mailbox = Mailbox(self._handle)
         self.workers: list[LocalWorker]
-        dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts)
+        dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute)
         memory = blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
         scheduler = Scheduler(KVStore(KVPool(config, torch.float32, memory), prefix_cache=prefix_cache), 8, step)
-        model = Model(checkpoint, Arithmetic(torch.float32), dispatcher)
+        model = Model(checkpoint, arithmetic or Arithmetic(torch.float32), dispatcher)
         self.engine = Engine(model, scheduler, dispatcher, self.mailbox, config.eos_token_ids)
         self.stories: dict[int, Story] = {}
         self.stats: list[EngineStats] = []

@@ -1,0 +1,175 @@
+"""The promise (ARCHITECTURE.md, "The same bits"): a request's tokens and logprobs depend on nothing around it.
+
+Every case runs some requests together in one engine with odd circumstances, and each request alone in a plain one.
+`make test` runs a few cases, `make exact` ten thousand.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
+
+from consilium import parallel
+from consilium.checkpoint import Checkpoint
+from consilium.errors import ExpertUnavailable
+from consilium.frames import Frame
+from consilium.integer_product import find_integer_product
+from gateway.arithmetic import Arithmetic
+from gateway.messages import Generate, SamplingParams
+from tests.local_workers import Int8Rows
+from tests.tiny_models import save_mixtral, save_qwen3_moe
+from tests.unit.test_engine import Served, Story, prompt
+
+CASES = int(os.environ.get("EXACT_CASES", "40"))
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)  # explaining a failure takes minutes
+NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """Everything that must not matter."""
+
+    arrivals: tuple[int, ...]  # the step before which each request comes
+    experts: tuple[tuple[int, ...], ...]  # of each worker; some are held by several
+    fails_after: int  # frames, after which the first worker answers no more; the others hold its experts, too
+    step: int  # most tokens in a step: the largest chunk of a prompt
+    blocks: int  # of keys and values; few force somebody to give way
+    prefix_cache: bool
+    warm: bool  # the same requests have run before
+    threads: int
+
+
+@cache
+def tiny(family: str) -> Checkpoint:
+    folder = Path(mkdtemp(prefix="consilium-exact-"))
+    # Odd sizes: heads of 24, which are no whole vectors; a hidden size that is no multiple of 64; 5 experts; a window.
+    if family == "mixtral":
+        return Checkpoint(
+            save_mixtral(folder, hidden_size=72, num_local_experts=5, sliding_window=20, num_hidden_layers=2)
+        )
+    return Checkpoint(save_qwen3_moe(folder, num_hidden_layers=2, mlp_only_layers=[1]))
+
+
+@cache
+def arithmetic() -> Arithmetic:
+    product = find_integer_product()
+    return Arithmetic(torch.float32, product, product)
+
+
+@cache
+def int8_rows(family: str) -> Int8Rows:
+    return Int8Rows(tiny(family))
+
+
+@cache
+def alone(family: str, request: tuple[int, int, int, float]) -> Story:
+    """The story of a request that has a plain engine to itself."""
+    served = Served(
+        tiny(family), 100, 512, [range(6)], prefix_cache=False, arithmetic=arithmetic(), compute=int8_rows(family)
+    )
+    return served.run(generate(0, request))[0]
+
+
+def generate(number: int, request: tuple[int, int, int, float]) -> Generate:
+    """Prompts of the same seed begin with the same tokens."""
+    seed, length, new, temperature = request
+    sampling = SamplingParams(
+        new, temperature=temperature, seed=seed, ignore_eos=True, logprobs=2, prompt_logprobs=1 if seed == 2 else None
+    )
+    return Generate(number, prompt(100, seed)[:length], sampling)
+
+
+requests = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(1, 90), st.integers(1, 9), st.sampled_from([0.0, 0.0, 0.9])),
+    min_size=1,
+    max_size=6,
+)
+
+
+@st.composite
+def circumstances(draw: st.DrawFn, count: int, experts: int) -> Circumstances:
+    workers = draw(st.integers(1, 4))
+    holders = [draw(st.sets(st.integers(0, workers - 1), min_size=1)) for _ in range(experts)]
+    fails_after = NEVER
+    if all(mine - {0} for mine in holders):
+        fails_after = draw(st.sampled_from([NEVER, 0, 3, 10]))
+    return Circumstances(
+        arrivals=tuple(draw(st.integers(0, 8)) for _ in range(count)),
+        experts=tuple(tuple(each for each in range(experts) if worker in holders[each]) for worker in range(workers)),
+        fails_after=fails_after,
+        step=draw(st.sampled_from([1, 2, 3, 7, 16, 33, 64, 512])),
+        blocks=draw(st.sampled_from([7, 9, 14, 100])),
+        prefix_cache=draw(st.booleans()),
+        warm=draw(st.booleans()),
+        threads=draw(st.integers(1, 2)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def slices_for_little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels use a second thread even for these small weights."""
+    monkeypatch.setattr(parallel, "WORTH", 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    parallel.run([lambda: None])  # the pool, as large as it will get
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@settings(max_examples=CASES // 2, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
+@given(data=st.data(), asked=requests)
+def test_the_same_bits_whatever_else_happens(
+    family: str, data: st.DataObject, asked: list[tuple[int, int, int, float]]
+) -> None:
+    checkpoint = tiny(family)
+    around = data.draw(circumstances(len(asked), checkpoint.config.num_experts))
+    torch.set_num_threads(1)
+    expected = [alone(family, request) for request in asked]
+    torch.set_num_threads(around.threads)
+    served = run(checkpoint, family, asked, around)
+    for number, story in enumerate(expected):
+        found = served.stories[number]
+        assert found.failure is None
+        assert replace(found, queue_seconds=[]) == replace(story, queue_seconds=[])  # every float to the last bit
+    event(f"preempted: {any(each.preemptions for each in served.stats)}")
+    event(f"prefix reused: {any(each.prefix_hits for each in served.stats)}")
+    event(f"a worker failed: {any(stats.failures for each in served.stats for stats in each.workers)}")
+
+
+def run(checkpoint: Checkpoint, family: str, asked: list[tuple[int, int, int, float]], around: Circumstances) -> Served:
+    """All requests in one engine, each when its time has come."""
+    served = Served(
+        checkpoint,
+        around.blocks,
+        around.step,
+        around.experts,
+        prefix_cache=around.prefix_cache,
+        arithmetic=arithmetic(),
+        compute=int8_rows(family),
+    )
+    if around.warm:
+        served.run(*(generate(number, request) for number, request in enumerate(asked, 100)))
+    first = served.workers[0]
+    limit = len(first.frames) + around.fails_after
+
+    def fail(frame: Frame) -> Exception | None:  # noqa: ARG001 (the worker's)
+        return ExpertUnavailable("killed") if len(first.frames) > limit else None
+
+    first.misbehave = fail
+    for step in range(max(around.arrivals) + 1):
+        served.add(*(generate(n, request) for n, request in enumerate(asked) if around.arrivals[n] == step))
+        if served.engine.has_work:
+            served.step()
+    served.run()
+    assert all(len(served.stories[number].tokens) == request[2] for number, request in enumerate(asked))
+    return served
