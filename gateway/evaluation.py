@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from consilium.arithmetics import find_arithmetic as find_expert_arithmetic
 from consilium.checkpoint import Checkpoint
-from consilium.config import Quantization, RowDType
+from consilium.config import Config, DenseQuantization, GatewayConfig, Quantization, RowDType
 from consilium.errors import CheckpointError, ConfigError
-from consilium.experts import find_arithmetic
-from consilium.wire import ROW_DTYPES
+from gateway.arithmetic import find_arithmetic
 from gateway.attention import Segment
-from gateway.kv_cache import BLOCK, KVPool
+from gateway.kv_cache import BLOCK, KVPool, blocks_for
 from gateway.local_experts import LocalExperts, run_now
 from gateway.model import Model
 
@@ -33,10 +33,21 @@ class Mode:
 
     name: str
     experts: Quantization
+    dense: DenseQuantization = "none"
+
+    def config(self, dtype: RowDType) -> Config:
+        """The deployment that computes so."""
+        gateway = GatewayConfig(dense_quantization=self.dense)
+        return Config(quantization=self.experts, dtype=dtype, gateway=gateway)
 
 
 REFERENCE = Mode("none", "none")
-MODES = (REFERENCE, Mode("int8-experts", "int8"), Mode("int8-weight-only", "int8-weight-only"))
+MODES = (
+    REFERENCE,
+    Mode("int8", "int8", "int8"),
+    Mode("int8-experts", "int8"),
+    Mode("int8-weight-only", "int8-weight-only"),
+)
 
 
 @dataclass(slots=True)
@@ -76,16 +87,15 @@ class Evaluated:
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode, dtype: RowDType) -> None:
         config = checkpoint.config
-        arithmetic = find_arithmetic(mode.experts, dtype, config.hidden_size, config.expert_size)
-        experts = LocalExperts(checkpoint, arithmetic)
-        self._config, self._dtype = config, ROW_DTYPES[dtype]
-        self._model = Model(checkpoint, self._dtype, experts, int8=mode.experts == "int8")
+        of_experts = find_expert_arithmetic(mode.experts, dtype, config.hidden_size, config.expert_size)
+        self._config, self._arithmetic = config, find_arithmetic(mode.config(dtype), config)
+        self._model = Model(checkpoint, self._arithmetic, LocalExperts(checkpoint, of_experts))
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """[T, V] float32 after each token of one window."""
-        config, blocks = self._config, -(-len(tokens) // BLOCK)
-        bytes_per_block = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self._dtype.itemsize * BLOCK
-        pool = KVPool(config, self._dtype, blocks * bytes_per_block)
+        config, dtype = self._config, self._arithmetic.dtype
+        bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+        pool = KVPool(config, dtype, blocks_for(len(tokens)) * BLOCK * bytes_per_token)
         segment = Segment(pool.allocate(len(tokens), len(tokens)), 0, len(tokens), 0)
         batch = self._model.batch(list(tokens), [segment])
         return self._model.logits(run_now(self._model.forward(batch)))

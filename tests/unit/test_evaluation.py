@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
 from consilium.errors import CheckpointError, ConfigError
-from consilium.experts import compute_expert, find_arithmetic
+from consilium.experts import compute_expert
 from consilium.gate import Routing
 from consilium.quantization import quantize_rows
 from consilium.quantize.run import quantize
@@ -127,7 +128,7 @@ def test_an_int8_model_is_compared_with_what_it_was_made_from(
 def test_what_cannot_be_evaluated_is_said(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"--modes: there is no mode 'int4'; choose from none, int8-experts"):
+    with pytest.raises(ConfigError, match=r"--modes: there is no mode 'int4'; choose from none, int8, int8-experts"):
         find_modes(["none", "int4"])
     other = save_mixtral(tmp_path / "other", vocab_size=400)
     with pytest.raises(CheckpointError, match=r"a vocabulary of 384 tokens, the reference .* one of 400"):
