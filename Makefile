@@ -2,12 +2,13 @@
 #   make up                    a running stack with the default model; ARGS="--model DIR --workers 4" are its flags
 #   make setup TORCH=...       another torch, for example TORCH="torch==2.11.0"
 #   make test PYTEST="-k name" some of the tests
+#   make exact                the promise of the same bits in 10,000 random cases; CASES=100 for fewer (make test: 40)
 #   make test-system           with real parts (Prometheus, Docker, …); as root, says what it installs
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := up
-.PHONY: setup up test test-system lint protos bench clean
+.PHONY: setup up test exact test-system lint protos bench clean
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -27,6 +28,9 @@ up: $(READY)
 test: $(READY)
 	@$(BIN)/consilium model fetch default
 	@$(BIN)/python -m pytest tests/unit tests/parity tests/integration tests/chaos $(PYTEST)
+
+exact: $(READY)
+	@EXACT_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest tests/unit/test_exactness.py --hypothesis-show-statistics $(PYTEST)
 
 test-system: $(READY)
 	@scripts/system-setup.sh
