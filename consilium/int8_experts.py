@@ -16,7 +16,7 @@ from torch import Tensor
 from consilium import parallel
 from consilium.checkpoint import ExpertTensors
 from consilium.experts import ARITHMETIC_VERSION, ExpertWeights
-from consilium.integer_product import MANY_ROWS, IntegerProduct
+from consilium.integer_product import IntegerProduct
 from consilium.kernels import experts as kernel
 from consilium.quantization import Quantized, quantize_weight
 from consilium.silu import silu_and_multiply
@@ -50,7 +50,7 @@ class Int8Arithmetic:
         out = torch.empty(rows.shape)  # [P, D] float32
         few: list[tuple[ExpertWeights, int, int]] = []
         for weights, (start, end) in zip(experts, pairwise(offsets), strict=True):
-            if end - start >= MANY_ROWS and self._product.many is not None:
+            if start < end and self._product.takes_many(end - start):
                 out[start:end] = self._compute_many(weights, Quantized(x.values[start:end], x.scales[start:end]))
             elif start < end:
                 few.append((weights, start, end))

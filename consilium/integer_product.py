@@ -42,17 +42,22 @@ class IntegerProduct:
 
     kind: Kind
     many: Multiply | None
+    many_rows: int = MANY_ROWS  # from so many on
+
+    def takes_many(self, rows: int) -> bool:
+        """Whether so many rows are many."""
+        return self.many is not None and rows >= self.many_rows
 
     @property
     def name(self) -> str:
-        many = f", torch._int_mm from {MANY_ROWS} rows on" if self.many else ""
+        many = f", torch._int_mm from {self.many_rows} rows on" if self.many else ""
         return f"{int8_tile.NAMES[self.kind]} kernel{many}"
 
     def multiply(self, x: Quantized, w: Quantized) -> Tensor:
         """x [M, K] times the transpose of w [N, K], as consilium.quantization defines it: float32 [M, N]."""
         rows, columns = x.values.shape[0], w.values.shape[0]
         out = torch.empty(rows, columns)
-        if self.many is None or rows < MANY_ROWS:
+        if self.many is None or not self.takes_many(rows):
             self._multiply_few(x, w, out)
             return out
         sums = self.many(x.values, w.values)  # [M, N] int32
