@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,21 +18,37 @@ from numba.extending import intrinsic
 
 from consilium.models import cache_folder
 
+# Where an image keeps kernels that were compiled as it was built (`python -m consilium.kernels`).
+SHIPPED = Path(sys.prefix) / "share" / "consilium-kernels"
+
 
 def _cache_folder() -> Path | None:
-    """Where compiled kernels are kept; None where nothing can be written, as in a container with a read-only root.
+    """Where compiled kernels are kept; None where nothing can be written. A new folder begins with what is shipped.
 
     numba notices only a change of the file that holds a kernel, not of what it calls: the name has a hash of all.
     """
     digest = hashlib.sha256(numba.__version__.encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    folder = cache_folder() / "kernels" / digest.hexdigest()[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+    name = digest.hexdigest()[:16]
+    chosen = os.environ.get("CONSILIUM_KERNELS")
+    parents = [Path(chosen)] if chosen else [cache_folder() / "kernels", _temporary_folder()]
+    for folder in (parent / name for parent in parents):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
+                continue  # numba's index can run code when it is read: it must be our own
+            if (SHIPPED / name).is_dir() and not any(folder.iterdir()):
+                shutil.copytree(SHIPPED / name, folder, dirs_exist_ok=True)
+        except OSError:
+            continue
+        return folder
+    return None
+
+
+def _temporary_folder() -> Path:
+    """For containers, whose root and volumes are read-only."""
+    return Path(tempfile.gettempdir()) / f"consilium-kernels-{os.getuid()}"
 
 
 _FOLDER = _cache_folder()

@@ -1,0 +1,48 @@
+"""`python -m consilium.kernels` compiles every kernel for this CPU, for an image that is to start at once.
+
+$CONSILIUM_KERNELS says where to; without it they go where every process keeps them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from consilium.kernels import arithmetic, attention, experts, gate, linear, norm
+from consilium.kernels.float_tile import BFLOAT16, FLOAT32, LANES
+from consilium.kernels.int8_tile import NAMES, candidates
+
+_SIZE = LANES
+
+
+def compile_all() -> None:
+    """Call each kernel once with every type that it is called with; all memory is zeros, and each argument is room."""
+    room = np.zeros(2**16, np.uint8)
+    at = room.ctypes.data
+    one = np.float32(1)
+    for kind in candidates():
+        linear.multiply(kind, at, at, 1, at, at, _SIZE, _SIZE, at, _SIZE)
+        linear.exact_sums(kind, at, 1, _SIZE, at, _SIZE, at)
+        experts.compute(kind, at, at, 0, 0, at, at, _SIZE, _SIZE, at, at)
+    linear.quantize(at, 1, _SIZE, at, at)
+    linear.rescale_rows(at, at, 1, at, _SIZE, at)
+    arithmetic.exp_all(at, 1, at)
+    arithmetic.silu_and_multiply_all(at, at, 1, at)
+    norm.rms_norm(at, 1, _SIZE, at, one, at)
+    gate.softmax_top_k(at, 1, _SIZE, at, _SIZE, 1, 1, at, at, at)
+    for form in (FLOAT32, BFLOAT16):
+        attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at)
+
+
+def main() -> int:
+    """Exit status."""
+    start = time.monotonic()
+    compile_all()
+    print(f"kernels compiled in {time.monotonic() - start:.1f} s: {', '.join(NAMES[kind] for kind in candidates())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
