@@ -26,8 +26,8 @@ def reference_rows(checkpoint: Checkpoint, frame: Frame) -> Tensor:
     for position, expert in enumerate(frame.experts):
         gate, up, down = (each.float() for each in checkpoint.expert(frame.layer, expert).floats())
         indices = frame.indices[frame.offsets[position] : frame.offsets[position + 1]].long()
-        x = frame.rows[indices]
-        rows.append((nn.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+        # Row by row: torch's product of several rows depends on how many there are.
+        rows += [(nn.silu(x @ gate.T) * (x @ up.T)) @ down.T for x in frame.rows[indices].split(1)]
     return torch.cat(rows)
 
 

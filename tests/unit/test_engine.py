@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,19 +11,12 @@ from torch import Tensor
 from consilium.checkpoint import Checkpoint
 from consilium.errors import ExpertUnavailable
 from consilium.frames import Frame
-from gateway.arithmetic import Arithmetic
-from gateway.engine import Engine
-from gateway.kv_cache import BLOCK, KVPool
-from gateway.kv_store import KVStore
-from gateway.mailbox import Mailbox
-from gateway.messages import Abort, EngineStats, Failure, Generate, Output, SamplingParams, TokenLogprobs
-from gateway.model import Model
-from gateway.scheduler import Scheduler
-from tests.local_workers import Compute, LocalWorker, local_dispatcher
+from gateway.kv_cache import BLOCK
+from gateway.messages import Abort
 from tests.tiny_models import save_mixtral
+from tests.unit.served_engine import DAMAGED, Served, assert_same, greedy, prompt
 
-LAYERS, EXPERTS, TOP_K, VOCABULARY = 3, 4, 2, 384
-DAMAGED = 5  # the token whose embedding is not finite in `damaged`
+LAYERS, TOP_K = 3, 2
 
 
 @pytest.fixture(scope="module")
@@ -46,101 +37,6 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
             return whole
 
     return Damaged(save_mixtral(tmp_path_factory.mktemp("damaged")))
-
-
-@dataclass
-class Story:
-    """Everything the engine said of one sequence, put together."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    failure: Failure | None = None
-    queue_seconds: list[float] = field(default_factory=list)
-
-    def add(self, news: Output) -> None:
-        assert self.finish_reason is None, "nothing comes after the end"
-        if news.prompt_logprobs is not None:
-            assert not self.tokens, "the prompt comes before what follows it"
-            self.prompt_logprobs += news.prompt_logprobs
-        if news.token is not None:
-            self.tokens.append(news.token)
-        if news.logprobs is not None:
-            self.logprobs.append(news.logprobs)
-        if news.queue_seconds is not None:
-            self.queue_seconds.append(news.queue_seconds)
-        self.finish_reason, self.failure = news.finish_reason, news.failure
-
-
-class Served:
-    """An engine with its workers, and what it has said so far."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        blocks: int = 100,
-        step: int = 64,
-        experts: Iterable[Iterable[int]] = ((0, 2), (1, 3)),
-        *,
-        prefix_cache: bool = True,
-        arithmetic: Arithmetic | None = None,
-        compute: Compute | None = None,
-    ) -> None:
-        config = checkpoint.config
-        self.mailbox = Mailbox(self._handle)
-        self.workers: list[LocalWorker]
-        dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute)
-        memory = blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-        scheduler = Scheduler(KVStore(KVPool(config, torch.float32, memory), prefix_cache=prefix_cache), 8, step)
-        model = Model(checkpoint, arithmetic or Arithmetic(torch.float32), dispatcher)
-        self.engine = Engine(model, scheduler, dispatcher, self.mailbox, config.eos_token_ids)
-        self.stories: dict[int, Story] = {}
-        self.stats: list[EngineStats] = []
-
-    def _handle(self, event: object) -> None:
-        assert isinstance(event, Abort)
-        self.engine.abort(event.id)
-
-    def step(self) -> None:
-        with torch.inference_mode():
-            step = self.engine.step()
-        self.stats.append(step.stats)
-        assert len({each.id for each in step.outputs}) == len(step.outputs)
-        for each in step.outputs:
-            self.stories[each.id].add(each)
-
-    def add(self, *requests: Generate) -> None:
-        for request in requests:
-            self.stories[request.id] = Story()
-            self.engine.add(request)
-
-    def run(self, *requests: Generate) -> dict[int, Story]:
-        """Every story to its end; nothing may be left in the pool."""
-        self.add(*requests)
-        for _ in range(1000):
-            if not self.engine.has_work:
-                break
-            self.step()
-        assert all(story.finish_reason for story in self.stories.values())
-        assert self.engine.stats().kv_tokens_used == 0
-        return self.stories
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(DAMAGED + 1, VOCABULARY, (length,), generator=generator).tolist()
-
-
-def greedy(number: int, tokens: list[int], new: int, **sampling: Any) -> Generate:
-    return Generate(number, tokens, SamplingParams(new, temperature=0, ignore_eos=True, **sampling))
-
-
-def assert_same(found: list[TokenLogprobs], expected: list[TokenLogprobs]) -> None:
-    assert [each.token for each in found] == [each.token for each in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
-        assert ours.top_logprobs == pytest.approx(theirs.top_logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("step", [64, 7])

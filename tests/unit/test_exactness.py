@@ -27,7 +27,7 @@ from gateway.arithmetic import Arithmetic
 from gateway.messages import Generate, SamplingParams
 from tests.local_workers import Int8Rows
 from tests.tiny_models import save_mixtral, save_qwen3_moe
-from tests.unit.test_engine import Served, Story, prompt
+from tests.unit.served_engine import Served, Story, prompt
 
 CASES = int(os.environ.get("EXACT_CASES", "40"))
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)  # explaining a failure takes minutes

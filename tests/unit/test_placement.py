@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.placement import EXPERT_COST, assign, build_placement, describe_missing
+from gateway.placement import (
+    EXPERT_COST,
+    ExpertIdentity,
+    KnownExperts,
+    assign,
+    build_placement,
+    describe_missing,
+)
 from tests.unit.model_configs import tiny_config
 
 
@@ -51,3 +58,20 @@ def test_an_expert_goes_to_a_holder_or_is_an_orphan(holders: dict[int, set[str]]
     assert orphans == sorted(expert for expert, who in holders.items() if not who)
     for address, experts in plan.items():
         assert all(address in holders[expert] for expert in experts)
+
+
+def test_an_expert_that_computes_otherwise_than_before_is_noticed() -> None:
+    experts = [(0, 0), (0, 1)]
+    both, first = build_placement({"a": experts}), build_placement({"a": experts[:1]})
+    old = dict.fromkeys(experts, ExpertIdentity(b"old", "class"))
+    known = KnownExperts()
+    assert not known.differ(both, old)
+    assert not known.differ(first, {experts[0]: old[experts[0]]})  # one is gone
+    assert not known.differ(build_placement({}), {})
+    assert not known.differ(both, old)  # and back
+    assert not known.differ(first, {experts[0]: old[experts[0]]})
+    assert known.differ(both, {**old, experts[1]: ExpertIdentity(b"new", "class")})  # back with other weights
+    new = {**old, experts[1]: ExpertIdentity(b"new", "class")}
+    assert not known.differ(both, new)
+    assert known.differ(both, {**new, experts[0]: ExpertIdentity(b"old", "another")})
+    assert known.differ(both, {experts[1]: new[experts[1]]})  # two holders that compute it differently
