@@ -66,6 +66,7 @@ class EngineClient:
         self.status: Status | None = None
         self.stats: EngineStats | None = None
         self.draining = False
+        self.loaded = asyncio.Event()  # its weights were read and found right
         self.gone = asyncio.Event()  # the engine has ended
         self.idle = asyncio.Event()  # no sequence is open
         self.idle.set()
@@ -178,6 +179,7 @@ class EngineClient:
                 self._deliver(output)
         elif isinstance(message, Status):
             self.status = message
+            self.loaded.set()
             self._on_status(message)
         elif isinstance(message, Report):
             self._on_report(message)

@@ -1,4 +1,4 @@
-"""The HTTP process from its start to its exit status: listens, starts the engine, drains on a signal."""
+"""The HTTP process from its start to its exit status: starts the engine, listens once that is loaded, drains."""
 
 from __future__ import annotations
 
@@ -49,27 +49,38 @@ class _Server(uvicorn.Server):
 
 async def serve(config: Config, model: ServedModel) -> int:
     """Run until SIGTERM or SIGINT (0), or until the engine ends by itself (1). Raises ConfigError for the address."""
-    listener = _listen(config.gateway.host, config.gateway.port)
+    listener = _bind(config)
     stopping = _watch_signals()
     process, link = await launch_engine(config)
     metrics = Metrics(model.name, process.pid, all_experts=config.gateway.metrics_all_experts)
     capacity = config.gateway.max_running + config.gateway.max_waiting
     engine = await EngineClient.connect(link, capacity, metrics.step, metrics.status, metrics.report)
     metrics.watch_ready(lambda: engine.why_not_ready() is None)
-    server = _make_server(Gateway(config, model, engine, metrics), _address(listener))
-    serving = asyncio.create_task(server.serve([listener]))
     try:
-        await _first_of(stopping.wait(), engine.gone.wait(), asyncio.shield(serving))
-        lost = engine.gone.is_set() or not await _drain(engine, config.gateway.drain_timeout)
-        await engine.close()  # what is still open fails now, so that its answers can still go out
-        server.should_exit = True
-        await serving
+        # Nobody gets in before the weights are seen to be right.
+        await _first_of(engine.loaded.wait(), engine.gone.wait(), stopping.wait())
+        lost = engine.gone.is_set()
+        if engine.loaded.is_set() and not stopping.is_set():
+            lost = await _answer(Gateway(config, model, engine, metrics), listener, stopping)
     finally:
         await engine.close()
         status = await end_engine(process)
     if lost:
         log.error("the engine process ended by itself with status %d; its last lines above say why", status)
     return int(lost)
+
+
+async def _answer(gateway: Gateway, listener: socket.socket, stopping: asyncio.Event) -> bool:
+    """Answer requests until ``stopping`` is set and what runs is done; True when the engine ended before."""
+    _open(listener, gateway.config)
+    engine, server = gateway.engine, _make_server(gateway, _address(listener))
+    serving = asyncio.create_task(server.serve([listener]))
+    await _first_of(stopping.wait(), engine.gone.wait(), asyncio.shield(serving))
+    lost = engine.gone.is_set() or not await _drain(engine, gateway.config.gateway.drain_timeout)
+    await engine.close()  # what is still open fails now, so that its answers can still go out
+    server.should_exit = True
+    await serving
+    return lost
 
 
 async def _drain(engine: EngineClient, seconds: float) -> bool:
@@ -121,19 +132,32 @@ def _make_server(gateway: Gateway, address: str) -> _Server:
     return _Server(settings, address)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bind(config: Config) -> socket.socket:
+    """The gateway's address, taken; nobody can connect to it yet. Raises ConfigError when it cannot be had."""
+    host, port = config.gateway.host, config.gateway.port
     # asyncio turns Nagle's algorithm off only where the protocol is stated; with it every small answer takes 40 ms.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        reason = f"cannot listen on {host} port {port}: {error.strerror}"
-        raise ConfigError(f"{reason}; choose another with --host and --port") from None
+        raise _unavailable(config, error) from None
     return listener
+
+
+def _open(listener: socket.socket, config: Config) -> None:
+    """Let clients connect. Raises ConfigError when another process has begun to listen there since."""
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise _unavailable(config, error) from None
+
+
+def _unavailable(config: Config, error: OSError) -> ConfigError:
+    reason = f"cannot listen on {config.gateway.host} port {config.gateway.port}: {error.strerror}"
+    return ConfigError(f"{reason}; choose another with --host and --port")
 
 
 def _address(listener: socket.socket) -> str:

