@@ -57,7 +57,13 @@ def float_class(kind: str) -> str:
 
 
 def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K], M > 0, times the transpose of weight [N, K] in tiles of equal size, the last one padded with zeros."""
+    """x [M, K], M > 0, times the transpose of weight [N, K] in tiles of equal size, the last one padded with zeros.
+
+    Rows that are not finite yield NaNs, and stay out of the products: CPUs with AMX spread them over their tile.
+    """
+    finite = x.isfinite().all(dim=1)  # [M]
+    if not finite.all():
+        return tiled_linear(torch.where(finite[:, None], x, 0), weight).masked_fill(~finite[:, None], torch.nan)
     count = x.shape[0]
     padded = functional.pad(x, (0, 0, 0, -count % TILE))
     tiles = padded.view(-1, TILE, x.shape[1]).unbind()
