@@ -21,7 +21,7 @@ from consilium.content_hash import HASH_BYTES
 from consilium.errors import CheckpointError
 from consilium.families import ExpertLayout
 from consilium.model_folder import read_json, read_model_folder
-from consilium.quantization import Quantized
+from consilium.quantization import MAX_SUMMED, Quantized
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -86,8 +86,13 @@ class Checkpoint:
         """
         if not self.int8 or self._slice(name).get_dtype() in FLOAT_KINDS:
             return self.tensor(name, shape)
+        if shape[1] > MAX_SUMMED:
+            raise CheckpointError(
+                f"{self._place(name)}: rows of {shape[1]} are too long for int8 (at most {MAX_SUMMED})"
+            )
         values: Tensor = self._checked(name, shape, ("I8",))[:]
-        scales = self.tensor(scale_name(name), (shape[0], 1)).float().view(-1)  # [N]
+        # Copied: in the file they may lie at an address that no float32 has.
+        scales = self.tensor(scale_name(name), (shape[0], 1)).to(torch.float32, copy=True).view(-1)  # [N]
         if (scales < 0).any():
             row = int((scales < 0).nonzero()[0])
             raise CheckpointError(

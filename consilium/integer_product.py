@@ -9,7 +9,7 @@ Letters: M rows, N output channels, K what is summed over.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -30,10 +30,11 @@ MANY_ROWS = 32
 
 # A kernel may take other paths for few rows, for odd sizes and for more than one vector.
 PROOF_ROWS = (1, 2, 3, 4, 7, 16, 33, 64)
+MANY_PROOF_ROWS = (96, 128, 256, 513)  # for torch's product, at the model's shapes
 PROOF_SIZES = ((1, 1), (6, 1), (5, 3), (16, 64), (33, 100), (64, 576), (48, 1025), (16, 2304))  # (N, K)
 EXTREMES = (-128, -127, -1, 0, 1, 126, 127)
 
-Multiply = Callable[[Tensor, Tensor], Tensor]  # x int8 [M, K], w int8 [N, K] -> int32 [M, N], exactly x @ w.T
+Multiply = Callable[[Tensor, Tensor], Tensor]  # x int8 [M, K], w int8 [N, K] -> [M, N], exactly x @ w.T
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ def find_integer_product(weight_shapes: Iterable[tuple[int, int]] = ()) -> Integ
         logger.warning("the %s int8 kernel is not used: %s", int8_tile.NAMES[kind], mistake)
     else:
         raise ConsiliumError("no int8 kernel is exact on this CPU; run with --quantization none instead")
-    mistake = find_mistake(torch_product, shapes)
+    many = partial(_of_integers, IntegerProduct(kind, torch_product, many_rows=1))
+    mistake = find_mistake(many, shapes, (*PROOF_ROWS, *MANY_PROOF_ROWS))
     if mistake is not None:
         logger.warning("torch._int_mm is not used for many rows: %s", mistake)
     product = IntegerProduct(kind, None if mistake else torch_product)
@@ -104,12 +106,14 @@ def find_integer_product(weight_shapes: Iterable[tuple[int, int]] = ()) -> Integ
     return product
 
 
-def find_mistake(multiply: Multiply, weight_shapes: Iterable[tuple[int, int]] = ()) -> str | None:
+def find_mistake(
+    multiply: Multiply, weight_shapes: Iterable[tuple[int, int]] = (), row_counts: Sequence[int] = PROOF_ROWS
+) -> str | None:
     """What ``multiply`` gets wrong on extreme values, in words; None when it is right everywhere."""
     generator = torch.Generator().manual_seed(0)
     try:
-        for rows in PROOF_ROWS:
-            for size in PROOF_SIZES:
+        for rows in row_counts:
+            for size in PROOF_SIZES if rows in PROOF_ROWS else ():
                 if not _right_on_random(multiply, rows, *size, generator):
                     return f"wrong integers for {rows} rows and a weight of {list(size)}"
             for size in weight_shapes:
@@ -121,14 +125,13 @@ def find_mistake(multiply: Multiply, weight_shapes: Iterable[tuple[int, int]] = 
 
 
 def kernel_product(kind: Kind) -> Multiply:
-    """The integers that a kind of kernel finds."""
+    """The products that a kind of kernel finds."""
+    return partial(_of_integers, IntegerProduct(kind, None))
 
-    def multiply(x: Tensor, w: Tensor) -> Tensor:
-        sums = torch.empty(x.shape[0], w.shape[0], dtype=torch.int32)
-        linear.exact_sums(kind, x.data_ptr(), *x.shape, w.data_ptr(), w.shape[0], sums.data_ptr())
-        return sums
 
-    return multiply
+def _of_integers(product: IntegerProduct, x: Tensor, w: Tensor) -> Tensor:
+    """What is served, with scales of one: the integers rounded to float32."""
+    return product.multiply(Quantized(x, torch.ones(x.shape[0])), Quantized(w, torch.ones(w.shape[0])))
 
 
 def torch_product(x: Tensor, w: Tensor) -> Tensor:
@@ -150,13 +153,13 @@ def _right_on_random(multiply: Multiply, rows: int, outputs: int, summed: int, g
 
     pairs = [(draw(rows), draw(outputs))]
     pairs += [(full(rows, a), full(outputs, b)) for a in (-128, 127) for b in (-128, 127)]
-    return all(torch.equal(multiply(x, w).long(), x.long() @ w.long().T) for x, w in pairs)
+    return all(torch.equal(multiply(x, w).float(), (x.long() @ w.long().T).float()) for x, w in pairs)
 
 
 def _right_on_outer(multiply: Multiply, rows: int, outputs: int, summed: int, generator: torch.Generator) -> bool:
     """At any size without a slow reference: x = a sᵀ and w = b sᵀ with signs s, so that x wᵀ is K · a bᵀ."""
     signs = torch.randint(2, (summed,), generator=generator, dtype=torch.int8) * 2 - 1  # [K]
-    a = torch.arange(rows, dtype=torch.int8) * 2 - 127  # [M] odd, so never zero
-    b = 127 - torch.arange(outputs, dtype=torch.int64).remainder(255).to(torch.int8)  # [N]
-    expected = summed * torch.outer(a.long(), b.long())  # [M, N]
-    return torch.equal(multiply(torch.outer(a, signs), torch.outer(b, signs)).long(), expected)
+    a = 2 * torch.arange(rows).remainder(128).to(torch.int8) - 127  # [M] odd, so never zero
+    b = 127 - torch.arange(outputs).remainder(255).to(torch.int8)  # [N]
+    expected = (summed * torch.outer(a.long(), b.long())).float()  # [M, N]
+    return torch.equal(multiply(torch.outer(a, signs), torch.outer(b, signs)).float(), expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
@@ -18,13 +18,18 @@ def count_slices(weight_bytes: int) -> int:
 
 
 def run(slices: list[Callable[[], None]]) -> None:
-    """Run every slice, the last one on this thread, and wait for all. Kernels release the interpreter lock."""
-    futures = [_pool().submit(each) for each in slices[:-1]]
+    """Run every slice, the last one on this thread; returns or raises only when none runs any more.
+
+    Kernels release the interpreter lock.
+    """
+    futures: list[Future[None]] = []
     try:
+        futures.extend(_pool().submit(each) for each in slices[:-1])
         slices[-1]()
     finally:
-        for future in futures:
-            future.result()
+        wait(futures)
+    for future in futures:
+        future.result()
 
 
 @cache

@@ -41,7 +41,10 @@ def find_arithmetic(config: Config, model: ModelConfig) -> Arithmetic:
     if "int8" in (dense, config.quantization):
         inner, hidden = model.num_heads * model.head_dim, model.hidden_size
         qkv = inner + 2 * model.num_kv_heads * model.head_dim
-        product = find_integer_product([(qkv, hidden), (hidden, inner), (model.vocab_size, hidden)])
+        shapes = [(qkv, hidden), (hidden, inner), (model.vocab_size, hidden)]
+        if model.dense_size:
+            shapes += [(model.dense_size, hidden), (hidden, model.dense_size)]
+        product = find_integer_product(shapes)
     return Arithmetic(
         ROW_DTYPES[config.dtype],
         product if dense == "int8" else None,

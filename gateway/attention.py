@@ -85,7 +85,7 @@ class Attention:
         out = checkpoint.matrix(f"{name(names.o_proj)}.weight", (hidden, inner))
         self._out = maker.make([out], biases({names.o_proj: hidden}))
         self._norms = [
-            checkpoint.tensor(name(each), (config.head_dim,)).float().contiguous()
+            checkpoint.tensor(name(each), (config.head_dim,)).to(torch.float32, copy=True)
             for each in ((names.q_norm, names.k_norm) if config.qk_norm else ())
         ]
         addresses = [norm.data_ptr() for norm in self._norms] or [0, 0]

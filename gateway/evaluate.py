@@ -54,7 +54,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--modes", metavar="A,B", default=names, help=f"what to compare ({names})")
     parser.add_argument("--reference", metavar="MODEL", help="the float model that an int8 MODEL was made from")
     parser.add_argument("--dtype", choices=get_args(RowDType), default="float32", help="of what is not int8 (float32)")
-    parser.add_argument("--threads", metavar="N", type=int, help="compute threads; all cores by default")
+    parser.add_argument("--threads", metavar="N", type=_at_least_one, help="compute threads; all cores by default")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, too")
     return parser.parse_args(argv)
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     reference = Checkpoint(resolve_model(options.reference)) if options.reference else checkpoint
     text = read_text(options.text)
     tokens = encode_text(checkpoint.folder, checkpoint.config.vocab_size, text, 2, options.tokens)
-    windows = list(split_windows(tokens, min(options.window, checkpoint.config.max_position)))
+    windows = list(split_windows(tokens, max(2, min(options.window, checkpoint.config.max_position))))
     modes = find_modes(options.modes.split(","))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -114,6 +114,13 @@ def _write(file: Path, options: argparse.Namespace, scores: Sequence[Score]) -> 
     }
     content |= {"window": options.window, "positions": scores[0].positions, "modes": modes}
     file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {text}")
+    return number
 
 
 def _at_least_two(text: str) -> int:

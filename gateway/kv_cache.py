@@ -15,7 +15,7 @@ from torch import Tensor
 from consilium.errors import ConfigError
 from consilium.model_config import ModelConfig
 from consilium.units import format_size
-from gateway.pages import release_tails
+from gateway.pages import lazy_tensor, release_tails
 
 BLOCK = 16  # positions: the unit of the accounting, and of the keys' layout
 
@@ -61,8 +61,8 @@ class KVPool:
         """A cache with ``tokens`` positions paid for and address space for ``capacity``."""
         blocks, room = blocks_for(tokens), blocks_for(capacity)
         self.free_blocks -= blocks
-        keys = torch.empty((*self._shape, room, self._head_dim, BLOCK), dtype=self._dtype)
-        values = torch.empty((*self._shape, room * BLOCK, self._head_dim), dtype=self._dtype)
+        keys = lazy_tensor((*self._shape, room, self._head_dim, BLOCK), self._dtype)
+        values = lazy_tensor((*self._shape, room * BLOCK, self._head_dim), self._dtype)
         return KVCache(keys, values, blocks)
 
     def grow(self, cache: KVCache, tokens: int) -> bool:

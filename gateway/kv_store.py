@@ -103,7 +103,7 @@ class KVStore:
             self.prefixes.touch(match.entry)
         cache = self._allocate(sequence)
         copy_positions(source, cache, match.tokens)
-        if match.kept and match.whole:  # the copy has all of it
+        if match.kept and match.whole and match.tokens == match.entry.tokens:  # the copy has all of it
             self.prefixes.drop(match.entry)
         return cache
 

@@ -15,7 +15,8 @@ class RMSNorm:
     """In float32 by our kernel, whose order is fixed; in bfloat16 by torch, whose is too on one machine."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
-        self._weight = checkpoint.tensor(name, (checkpoint.config.hidden_size,)).to(dtype).contiguous()
+        # Copied: in the file it may lie at an address that no float32 has.
+        self._weight = checkpoint.tensor(name, (checkpoint.config.hidden_size,)).to(dtype, copy=True)
         self._eps = checkpoint.config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from gateway.prefix_cache import common_tokens
 from gateway.sequence import Sequence
 from gateway.waiting import WaitingQueue
 
-_LOOKAHEAD = 16  # waiting sequences that are looked at when those before them find no room
+_LOOKAHEAD = 16  # waiting sequences that find no room before the search for one that does is given up
+_MOST_LOOKED_AT = 256
 _MOST_OVERTAKEN = 32  # then nobody is admitted until there is room for the one that waits
 
 
@@ -132,7 +133,7 @@ class Scheduler:
     def _next(self, budget: int) -> Sequence | None:
         """The first that can start. It may overtake some that find no room, but none of them too often."""
         overtaken: list[Sequence] = []
-        for sequence in self.waiting.candidates(_LOOKAHEAD):
+        for sequence in self.waiting.candidates(_MOST_LOOKED_AT):
             if not self._would_run(sequence, budget) or self._has_forerunner(sequence):
                 continue
             if self._has_place(sequence) or self._make_way(sequence):
@@ -142,6 +143,8 @@ class Scheduler:
             if len(self.running) >= self._max_running or sequence.overtaken >= _MOST_OVERTAKEN:
                 return None
             overtaken.append(sequence)
+            if len(overtaken) == _LOOKAHEAD:
+                return None
         return None
 
     def _would_run(self, sequence: Sequence, budget: int) -> bool:

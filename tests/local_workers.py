@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
+from consilium.config import RowDType
 from consilium.frames import Frame, encode_result
 from gateway.dispatcher import Dispatcher, Reply
 from gateway.expert_meter import ExpertMeter
@@ -37,9 +38,9 @@ Compute = Callable[[Frame], Tensor]  # output rows [P, D] of a frame
 class Int8Rows:
     """What an int8 worker answers: the arithmetic of the expert service, with every expert at hand."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: RowDType = "float32") -> None:
         config = checkpoint.config
-        self._arithmetic = find_arithmetic("int8", "float32", config.hidden_size, config.expert_size)
+        self._arithmetic = find_arithmetic("int8", dtype, config.hidden_size, config.expert_size)
         self._experts = {
             (layer, expert): self._arithmetic.prepare(checkpoint.expert(layer, expert))
             for layer in config.expert_layers()
@@ -80,11 +81,15 @@ class LocalWorker:
 
 
 def local_dispatcher(
-    checkpoint: Checkpoint, mailbox: Mailbox, experts: Iterable[Iterable[int]], compute: Compute | None = None
+    checkpoint: Checkpoint,
+    mailbox: Mailbox,
+    experts: Iterable[Iterable[int]],
+    compute: Compute | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Dispatcher, list[LocalWorker]]:
     """A dispatcher over one worker for each set of experts; every worker holds its set in every layer."""
     compute = compute or partial(reference_rows, checkpoint)
-    dispatcher = Dispatcher(torch.float32, 10.0, ExpertMeter(checkpoint.config))
+    dispatcher = Dispatcher(dtype, 10.0, ExpertMeter(checkpoint.config))
     held = {f"worker-{number}:1": list(each) for number, each in enumerate(experts)}
     workers = [LocalWorker(address, compute, mailbox) for address in held]
     dispatcher.workers = {worker.address: worker for worker in workers}

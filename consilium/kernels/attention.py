@@ -2,7 +2,7 @@
 
 For a query at position p, over the positions s of its window, in float32:
     score[s] = (sum over the d elements, in order, of q · k[s]) · 1/sqrt(d)
-    e[s]     = exp(score[s] - the largest score)                   exp as consilium.silu defines it
+    e[s]     = exp(score[s] - the largest score)                   exp as kernels.arithmetic defines it
     total    = sixteen sums, of the positions with the same s mod 16, each in order; then these added in order
     out      = (sum over s, in order, of e[s] · v[s]) / total
 Positions are absolute, so a row's bits are the same as a row of a prompt, of any chunk of it, and as a decoding step.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -32,18 +34,36 @@ def _cache_folder() -> Path | None:
         digest.update(file.read_bytes())
     name = digest.hexdigest()[:16]
     chosen = os.environ.get("CONSILIUM_KERNELS")
-    parents = [Path(chosen)] if chosen else [cache_folder() / "kernels", _temporary_folder()]
-    for folder in (parent / name for parent in parents):
+    for parent in [Path(chosen)] if chosen else [cache_folder() / "kernels", _temporary_folder()]:
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
-                continue  # numba's index can run code when it is read: it must be our own
-            if (SHIPPED / name).is_dir() and not any(folder.iterdir()):
-                shutil.copytree(SHIPPED / name, folder, dirs_exist_ok=True)
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _ours(parent):
+                _begin(parent / name)
+                return parent / name
         except OSError:
             continue
-        return folder
     return None
+
+
+def _ours(folder: Path) -> bool:
+    """Whether only we can write there: numba's index can run code when it is read."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _begin(folder: Path) -> None:
+    """Make ``folder`` with what is shipped in it, all at once: several processes may start together. Raises OSError."""
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            begun = Path(unfinished) / "kernels"
+            if (SHIPPED / folder.name).is_dir():
+                shutil.copytree(SHIPPED / folder.name, begun)
+            begun.mkdir(exist_ok=True)
+            begun.chmod(0o700)
+            with contextlib.suppress(OSError):  # another process was first
+                begun.rename(folder)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(folder)
 
 
 def _temporary_folder() -> Path:

@@ -49,8 +49,8 @@ def correction(kind: Any, row: int, size: int) -> Any:
     total = np.int32(0)
     if len(kind) == 0:
         for value in bytes_(row, size):
-            total += np.int32(value)
-    return total * ZERO_POINT
+            total = np.int32(total + value)
+    return np.int32(total * ZERO_POINT)
 
 
 @kernel
@@ -58,7 +58,8 @@ def rescale(found: int, surplus: Any, x_scale: Any, w_scales: int, columns: int,
     """float32 [N] at ``out`` from int32 [N]: (float32(sum) · x_scale) · w_scale, rounded at each of the three steps."""
     integers, scales, row = ints(found, columns), floats(w_scales, columns), floats(out, columns)
     for column in range(columns):
-        row[column] = np.float32(integers[column] - surplus) * x_scale * scales[column]
+        # In 32 bits as the sums are: what overflowed on the way comes back.
+        row[column] = np.float32(np.int32(integers[column] - surplus)) * x_scale * scales[column]
 
 
 @kernel
@@ -80,16 +81,6 @@ def quantize(x: int, rows: int, size: int, values: int, scales: int) -> None:
     found = floats(scales, rows)
     for row in range(rows):
         found[row] = quantize_row(floats(x + 4 * row * size, size), bytes_(values + row * size, size))
-
-
-@kernel
-def exact_sums(kind: Any, x: int, rows: int, size: int, w: int, columns: int, out: int) -> None:
-    """int32 [M, N] at ``out``: x int8 [M, K] times the transpose of w int8 [N, K], whatever the kind."""
-    sums(kind, x, rows, w, columns, size, out, 4 * columns)
-    for row in range(rows):
-        surplus, found = correction(kind, x + row * size, size), ints(out + 4 * row * columns, columns)
-        for column in range(columns):
-            found[column] -= surplus
 
 
 @kernel

@@ -88,8 +88,9 @@ def test_a_client_that_leaves_frees_its_space(served: Stack, stream: bool) -> No
     assert metric(served.url, "generation_tokens_total") - generated < LONG, "it was not cut short"
 
 
-def test_a_killed_worker_with_a_replica_is_not_noticed(model: Path) -> None:
-    with stack(model, workers=2, replicas=2) as served:
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+def test_a_killed_worker_with_a_replica_is_not_noticed(model: Path, quantization: str) -> None:
+    with stack(model, workers=2, replicas=2, quantization=quantization) as served:
         expected = complete(served.url, PROMPT, 100)
         found = Completion()
         for event in events(served.url, body_of(PROMPT, 100, stream=True)):

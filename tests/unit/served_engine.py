@@ -63,12 +63,15 @@ class Served:
         compute: Compute | None = None,
     ) -> None:
         config = checkpoint.config
+        arithmetic = arithmetic or Arithmetic(torch.float32)
         self.mailbox = Mailbox(self._handle)
         self.workers: list[LocalWorker]
-        dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute)
-        memory = blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-        scheduler = Scheduler(KVStore(KVPool(config, torch.float32, memory), prefix_cache=prefix_cache), 8, step)
-        model = Model(checkpoint, arithmetic or Arithmetic(torch.float32), dispatcher)
+        dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute, arithmetic.dtype)
+        memory = (
+            blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * arithmetic.dtype.itemsize
+        )
+        scheduler = Scheduler(KVStore(KVPool(config, arithmetic.dtype, memory), prefix_cache=prefix_cache), 8, step)
+        model = Model(checkpoint, arithmetic, dispatcher)
         self.engine = Engine(model, scheduler, dispatcher, self.mailbox, config.eos_token_ids)
         self.stories: dict[int, Story] = {}
         self.stats: list[EngineStats] = []

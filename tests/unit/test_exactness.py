@@ -7,7 +7,7 @@ Every case runs some requests together in one engine with odd circumstances, and
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,11 +19,14 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from consilium import parallel
+from consilium.arithmetics import DTYPES
 from consilium.checkpoint import Checkpoint
+from consilium.config import RowDType
 from consilium.errors import ExpertUnavailable
 from consilium.frames import Frame
 from consilium.integer_product import find_integer_product
 from gateway.arithmetic import Arithmetic
+from gateway.kv_cache import blocks_for
 from gateway.messages import Generate, SamplingParams
 from tests.local_workers import Int8Rows
 from tests.tiny_models import save_mixtral, save_qwen3_moe
@@ -32,6 +35,9 @@ from tests.unit.served_engine import Served, Story, prompt
 CASES = int(os.environ.get("EXACT_CASES", "40"))
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)  # explaining a failure takes minutes
 NEVER = 10**9
+LONGEST = 360  # tokens of a prompt
+
+Request = tuple[int, int, int, float]  # seed, tokens of the prompt, new tokens, temperature
 
 
 @dataclass(frozen=True)
@@ -60,54 +66,62 @@ def tiny(family: str) -> Checkpoint:
 
 
 @cache
-def arithmetic() -> Arithmetic:
+def arithmetic(dtype: RowDType) -> Arithmetic:
     product = find_integer_product()
-    return Arithmetic(torch.float32, product, product)
+    return Arithmetic(DTYPES[dtype], product, product)
 
 
 @cache
-def int8_rows(family: str) -> Int8Rows:
-    return Int8Rows(tiny(family))
+def int8_rows(family: str, dtype: RowDType) -> Int8Rows:
+    return Int8Rows(tiny(family), dtype)
+
+
+def serve(
+    family: str, dtype: RowDType, blocks: int, step: int, experts: Iterable[Iterable[int]], *, prefix_cache: bool
+) -> Served:
+    """An engine in int8 whose keys, values and replies have the dtype."""
+    computed, rows = arithmetic(dtype), int8_rows(family, dtype)
+    return Served(tiny(family), blocks, step, experts, prefix_cache=prefix_cache, arithmetic=computed, compute=rows)
 
 
 @cache
-def alone(family: str, request: tuple[int, int, int, float]) -> Story:
+def alone(family: str, dtype: RowDType, request: Request) -> Story:
     """The story of a request that has a plain engine to itself."""
-    served = Served(
-        tiny(family), 100, 512, [range(6)], prefix_cache=False, arithmetic=arithmetic(), compute=int8_rows(family)
-    )
+    served = serve(family, dtype, 100, 512, [range(6)], prefix_cache=False)
     return served.run(generate(0, request))[0]
 
 
-def generate(number: int, request: tuple[int, int, int, float]) -> Generate:
+def generate(number: int, request: Request) -> Generate:
     """Prompts of the same seed begin with the same tokens."""
     seed, length, new, temperature = request
     sampling = SamplingParams(
         new, temperature=temperature, seed=seed, ignore_eos=True, logprobs=2, prompt_logprobs=1 if seed == 2 else None
     )
-    return Generate(number, prompt(100, seed)[:length], sampling)
+    return Generate(number, prompt(LONGEST, seed)[:length], sampling)
 
 
+lengths = st.sampled_from([*range(1, 90), *range(200, LONGEST, 13)])
 requests = st.lists(
-    st.tuples(st.integers(0, 4), st.integers(1, 90), st.integers(1, 9), st.sampled_from([0.0, 0.0, 0.9])),
+    st.tuples(st.integers(0, 4), lengths, st.integers(1, 9), st.sampled_from([0.0, 0.0, 0.9])),
     min_size=1,
     max_size=6,
 )
 
 
 @st.composite
-def circumstances(draw: st.DrawFn, count: int, experts: int) -> Circumstances:
+def circumstances(draw: st.DrawFn, asked: list[Request], experts: int) -> Circumstances:
+    least = max(blocks_for(length + new) for _, length, new, _ in asked)
     workers = draw(st.integers(1, 4))
     holders = [draw(st.sets(st.integers(0, workers - 1), min_size=1)) for _ in range(experts)]
     fails_after = NEVER
     if all(mine - {0} for mine in holders):
         fails_after = draw(st.sampled_from([NEVER, 0, 3, 10]))
     return Circumstances(
-        arrivals=tuple(draw(st.integers(0, 8)) for _ in range(count)),
+        arrivals=tuple(draw(st.integers(0, 8)) for _ in asked),
         experts=tuple(tuple(each for each in range(experts) if worker in holders[each]) for worker in range(workers)),
         fails_after=fails_after,
         step=draw(st.sampled_from([1, 2, 3, 7, 16, 33, 64, 512])),
-        blocks=draw(st.sampled_from([7, 9, 14, 100])),
+        blocks=least + draw(st.sampled_from([0, 2, 7, 100])),
         prefix_cache=draw(st.booleans()),
         warm=draw(st.booleans()),
         threads=draw(st.integers(1, 2)),
@@ -125,18 +139,18 @@ def slices_for_little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-@settings(max_examples=CASES // 2, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
+@settings(max_examples=CASES // 4, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
 @given(data=st.data(), asked=requests)
 def test_the_same_bits_whatever_else_happens(
-    family: str, data: st.DataObject, asked: list[tuple[int, int, int, float]]
+    family: str, dtype: RowDType, data: st.DataObject, asked: list[Request]
 ) -> None:
-    checkpoint = tiny(family)
-    around = data.draw(circumstances(len(asked), checkpoint.config.num_experts))
+    around = data.draw(circumstances(asked, tiny(family).config.num_experts))
     torch.set_num_threads(1)
-    expected = [alone(family, request) for request in asked]
+    expected = [alone(family, dtype, request) for request in asked]
     torch.set_num_threads(around.threads)
-    served = run(checkpoint, family, asked, around)
+    served = run(family, dtype, asked, around)
     for number, story in enumerate(expected):
         found = served.stories[number]
         assert found.failure is None
@@ -146,17 +160,9 @@ def test_the_same_bits_whatever_else_happens(
     event(f"a worker failed: {any(stats.failures for each in served.stats for stats in each.workers)}")
 
 
-def run(checkpoint: Checkpoint, family: str, asked: list[tuple[int, int, int, float]], around: Circumstances) -> Served:
+def run(family: str, dtype: RowDType, asked: list[Request], around: Circumstances) -> Served:
     """All requests in one engine, each when its time has come."""
-    served = Served(
-        checkpoint,
-        around.blocks,
-        around.step,
-        around.experts,
-        prefix_cache=around.prefix_cache,
-        arithmetic=arithmetic(),
-        compute=int8_rows(family),
-    )
+    served = serve(family, dtype, around.blocks, around.step, around.experts, prefix_cache=around.prefix_cache)
     if around.warm:
         served.run(*(generate(number, request) for number, request in enumerate(asked, 100)))
     first = served.workers[0]

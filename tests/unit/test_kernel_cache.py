@@ -45,8 +45,18 @@ def test_a_new_folder_begins_with_what_the_image_has(monkeypatch: pytest.MonkeyP
     shipped = tmp_path / "shipped" / first.name
     shipped.mkdir(parents=True)
     (shipped / "kernel.nbi").write_text("compiled")
-    assert compiler._cache_folder() == first
-    assert (first / "kernel.nbi").read_text() == "compiled"  # it was still empty
-    (first / "kernel.nbi").write_text("newer")
-    assert compiler._cache_folder() == first
-    assert (first / "kernel.nbi").read_text() == "newer"
+    monkeypatch.setenv("CONSILIUM_CACHE", str(tmp_path / "second"))
+    second = compiler._cache_folder()
+    assert second is not None
+    assert (second / "kernel.nbi").read_text() == "compiled"
+    (second / "kernel.nbi").write_text("newer")
+    assert compiler._cache_folder() == second
+    assert (second / "kernel.nbi").read_text() == "newer"
+    assert [each.name for each in second.parent.iterdir()] == [second.name]
+
+
+def test_a_folder_that_others_can_write_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CONSILIUM_KERNELS", str(tmp_path / "kernels"))
+    assert compiler._cache_folder() is not None
+    (tmp_path / "kernels").chmod(0o777)
+    assert compiler._cache_folder() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -124,8 +125,6 @@ def test_a_copy_has_the_same_positions(dtype: torch.dtype, tokens: int, capacity
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes pages back from the middle of an allocation")
 def test_what_is_trimmed_is_the_systems_again_and_the_rest_is_as_it_was() -> None:
-    import os
-
     config = tiny_config(num_kv_heads=4, head_dim=64)
     pool = KVPool(config, torch.float32, 2**28)
     cache = pool.allocate(16_000, 20_000)
@@ -140,3 +139,23 @@ def test_what_is_trimmed_is_the_systems_again_and_the_rest_is_as_it_was() -> Non
     assert pool.free_blocks == free + 1000 - 101
     assert bool((cache.keys[:, :, :101] == 3.0).all())
     assert bool((cache.values[:, :, : 101 * BLOCK] == 5.0).all())
+
+
+def test_memory_that_is_not_paid_for_is_not_used() -> None:
+    """Room of sequences that have gone must not lie committed under the room of others."""
+    config = tiny_config(num_layers=8, num_kv_heads=4, head_dim=64)
+    block_bytes = 2 * 8 * 4 * 64 * 4 * BLOCK
+    pool = KVPool(config, torch.float32, 64 * block_bytes)
+    before, most = resident_bytes(os.getpid()), 0
+    for turn in range(20):
+        caches = [pool.allocate(64, 200 + 97 * ((turn + number) % 9)) for number in range(16)]
+        for cache in caches:
+            cache.keys[:, :, : cache.blocks] = 1.0
+            cache.values[:, :, : cache.committed] = 1.0
+        most = max(most, resident_bytes(os.getpid()) - before)
+        for cache in caches:
+            pool.free(cache)
+        del caches, cache
+    assert pool.free_blocks == pool.total_blocks
+    assert most < 1.5 * 64 * block_bytes
+    assert resident_bytes(os.getpid()) - before < 0.3 * 64 * block_bytes

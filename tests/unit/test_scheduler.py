@@ -235,3 +235,12 @@ def test_nothing_is_reused_across_other_weights() -> None:
             queue.forget_prefixes()  # while it runs
         compute(queue)
         assert [each.cached_tokens for each in queue.reap()] == [cached]
+
+
+def test_many_that_wait_for_one_prefix_hold_up_nobody_else() -> None:
+    queue = scheduler(blocks=2000, running=64, step=64)
+    for number in range(40):  # the same prompt forty times, longer than many steps
+        queue.add(Sequence.start(Generate(number, [7] * 1500, SamplingParams(max_tokens=3))))
+    compute(queue)
+    queue.add(sequence(99, prompt=8, new=3))
+    assert 99 in ids(compute(queue))
