@@ -30,7 +30,7 @@ MANY_ROWS = 32
 
 # A kernel may take other paths for few rows, for odd sizes and for more than one vector.
 PROOF_ROWS = (1, 2, 3, 4, 7, 16, 33, 64)
-MANY_PROOF_ROWS = (96, 128, 256, 513)  # for torch's product, at the model's shapes
+MANY_PROOF_ROWS, MANY_PROOF_OUTPUTS = (96, 128, 256, 513), 2048  # for torch's product, at the model's shapes
 PROOF_SIZES = ((1, 1), (6, 1), (5, 3), (16, 64), (33, 100), (64, 576), (48, 1025), (16, 2304))  # (N, K)
 EXTREMES = (-128, -127, -1, 0, 1, 126, 127)
 
@@ -116,9 +116,10 @@ def find_mistake(
             for size in PROOF_SIZES if rows in PROOF_ROWS else ():
                 if not _right_on_random(multiply, rows, *size, generator):
                     return f"wrong integers for {rows} rows and a weight of {list(size)}"
-            for size in weight_shapes:
-                if not _right_on_outer(multiply, rows, *size, generator):
-                    return f"wrong integers for {rows} rows and a weight of {list(size)}"
+            for outputs, summed in weight_shapes:
+                few = outputs if rows in PROOF_ROWS else min(outputs, MANY_PROOF_OUTPUTS)
+                if not _right_on_outer(multiply, rows, few, summed, generator):
+                    return f"wrong integers for {rows} rows and a weight of {[few, summed]}"
     except (RuntimeError, NotImplementedError) as error:  # what torch raises for an operator this CPU lacks
         return str(error).splitlines()[0]
     return None
@@ -161,5 +162,5 @@ def _right_on_outer(multiply: Multiply, rows: int, outputs: int, summed: int, ge
     signs = torch.randint(2, (summed,), generator=generator, dtype=torch.int8) * 2 - 1  # [K]
     a = 2 * torch.arange(rows).remainder(128).to(torch.int8) - 127  # [M] odd, so never zero
     b = 127 - torch.arange(outputs).remainder(255).to(torch.int8)  # [N]
-    expected = (summed * torch.outer(a.long(), b.long())).float()  # [M, N]
+    expected = torch.outer(a.float(), b.float()) * summed  # [M, N] exact, then rounded once
     return torch.equal(multiply(torch.outer(a, signs), torch.outer(b, signs)).float(), expected)
