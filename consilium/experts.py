@@ -7,7 +7,7 @@ Letters: P (token, expert) pairs, D hidden size, F expert FFN size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -28,6 +28,10 @@ class ExpertWeights:
     gate: Tensor | Quantized  # [F, D]
     up: Tensor | Quantized  # [F, D]
     down: Tensor | Quantized  # [D, F]
+    addresses: tuple[int, ...] = field(init=False, compare=False)  # of every tensor, in the order of content_hash
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "addresses", tuple(tensor.data_ptr() for tensor in self._tensors()))
 
     def content_hash(self) -> bytes:
         """Equal for equal weights (consilium.content_hash)."""

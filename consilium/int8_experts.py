@@ -67,12 +67,12 @@ class Int8Arithmetic:
 
     def _compute_few(self, parts: list[tuple[ExpertWeights, int, int]], x: Quantized, out: Tensor) -> None:
         """The output rows ``start`` to ``end`` of each part, written into ``out`` [P, D]."""
-        matrices = [_matrices(weights) for weights, _, _ in parts]
-        table = np.array([[t.data_ptr() for matrix in each for t in matrix] for each in matrices], np.int64)  # [M, 6]
-        ranges = np.array([[start, end] for _, start, end in parts], np.int64)  # [M, 2]
-        expert_size, hidden_size = matrices[0][0].values.shape
-        count = parallel.count_slices(3 * expert_size * hidden_size * len(parts))
-        bounds = np.linspace(0, len(parts), min(count, len(parts)) + 1).astype(np.int64).tolist()
+        gate = _matrices(parts[0][0])[0]
+        expert_size, hidden_size = gate.values.shape
+        table = np.array([weights.addresses for weights, _, _ in parts], np.int64)  # [M, 6]
+        ranges = np.array([part[1:] for part in parts], np.int64)  # [M, 2]
+        count = min(len(parts), parallel.count_slices(3 * expert_size * hidden_size * len(parts)))
+        bounds = [len(parts) * part // count for part in range(count + 1)]
         slices: list[Callable[[], None]] = []
         for first, last in pairwise(bounds):
             scratch = torch.empty(kernel.scratch_bytes(expert_size), dtype=torch.int8)

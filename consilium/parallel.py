@@ -22,6 +22,9 @@ def run(slices: list[Callable[[], None]]) -> None:
 
     Kernels release the interpreter lock.
     """
+    if len(slices) == 1:  # nothing to wait for, which would take a while
+        slices[0]()
+        return
     futures: list[Future[None]] = []
     try:
         futures.extend(_pool().submit(each) for each in slices[:-1])
