@@ -96,7 +96,7 @@ class Served:
     def run(self, *requests: Generate) -> dict[int, Story]:
         """Every story to its end; nothing may be left in the pool."""
         self.add(*requests)
-        for _ in range(1000):
+        for _ in range(20_000):
             if not self.engine.has_work:
                 break
             self.step()
