@@ -244,8 +244,12 @@ async def test_addresses_behind_one_name_are_replicas_that_come_and_go(names: Na
             assert view.placement.holders == {(layer, expert): expected for layer in range(2) for expert in ALL}
             assert [each.experts for each in view.statuses] == [8, 8]
             kept = view.workers[second.address]
+            gateway.send(first)
+            await first.receive_call()  # a stream that is cancelled before its worker has seen it is never closed there
             names.known["experts"] = {second.address, third.address}
             view = await gateway.until(connected(second, third))
+            gateway.send(third)
+            await third.receive_call()
             await asyncio.wait_for(first.closed.get(), SECONDS)
             assert view.workers[second.address] is kept
             view = await gateway.until(lambda view: len(view.statuses) == 2)
