@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -48,13 +48,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, or the name of a fetched model")
     parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="a text of at least two tokens, UTF-8")
-    parser.add_argument("--tokens", metavar="N", type=_at_least_two, default=20480, help="tokens of it to use (20480)")
-    parser.add_argument("--window", metavar="N", type=_at_least_two, default=1024, help="tokens seen at once (1024)")
+    parser.add_argument("--tokens", metavar="N", type=_at_least(2), default=20480, help="tokens of it to use (20480)")
+    parser.add_argument("--window", metavar="N", type=_at_least(2), default=1024, help="tokens seen at once (1024)")
     names = ",".join(mode.name for mode in MODES)
     parser.add_argument("--modes", metavar="A,B", default=names, help=f"what to compare ({names})")
     parser.add_argument("--reference", metavar="MODEL", help="the float model that an int8 MODEL was made from")
     parser.add_argument("--dtype", choices=get_args(RowDType), default="float32", help="of what is not int8 (float32)")
-    parser.add_argument("--threads", metavar="N", type=_at_least_one, help="compute threads; all cores by default")
+    parser.add_argument("--threads", metavar="N", type=_at_least(1), help="compute threads; all cores by default")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there, too")
     return parser.parse_args(argv)
 
@@ -116,18 +116,16 @@ def _write(file: Path, options: argparse.Namespace, scores: Sequence[Score]) -> 
     file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, found {text}")
-    return number
+def _at_least(fewest: int) -> Callable[[str], int]:
+    """Reads a whole number of ``fewest`` or more."""
 
+    def read(text: str) -> int:
+        number = int(text)
+        if number < fewest:
+            raise argparse.ArgumentTypeError(f"must be at least {fewest}, not {text}")
+        return number
 
-def _at_least_two(text: str) -> int:
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, not {text}")
-    return number
+    return read
 
 
 if __name__ == "__main__":
