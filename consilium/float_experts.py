@@ -5,7 +5,7 @@ Letters: P (token, expert) pairs, D hidden size, F expert FFN size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -38,16 +38,27 @@ class FloatArithmetic:
     ) -> Tensor:
         if scales is not None:
             raise TypeError("only int8 rows come with scales")
-        outputs = []
-        for weights, (start, end) in zip(experts, pairwise(offsets), strict=True):
-            if start < end:
-                outputs.append(self._compute(weights, rows[start:end]))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return one_by_one(self._compute, experts, offsets, rows)
 
     def _compute(self, weights: ExpertWeights, x: Tensor) -> Tensor:
         gate = tiled_linear(x, _float(weights.gate)).float()  # [P, F]
         up = tiled_linear(x, _float(weights.up)).float()  # [P, F]
         return tiled_linear(silu_and_multiply(gate, up).to(self.row_dtype), _float(weights.down))  # [P, D]
+
+
+def one_by_one(
+    compute: Callable[[ExpertWeights, Tensor], Tensor],
+    experts: Sequence[ExpertWeights],
+    offsets: Sequence[int],
+    rows: Tensor,
+) -> Tensor:
+    """Output rows [P, D], P > 0, of ``compute`` for each expert that has some of rows [P, D]."""
+    outputs = [
+        compute(weights, rows[start:end])
+        for weights, (start, end) in zip(experts, pairwise(offsets), strict=True)
+        if start < end
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def float_class(kind: str) -> str:

@@ -11,14 +11,13 @@ call of few rows costs more time than in `int8`. Letters: P (token, expert) pair
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from consilium.checkpoint import ExpertTensors
 from consilium.experts import ExpertWeights
-from consilium.float_experts import float_class, tiled_linear
+from consilium.float_experts import float_class, one_by_one, tiled_linear
 from consilium.int8_experts import prepare_int8
 from consilium.quantization import Quantized
 from consilium.silu import silu_and_multiply
@@ -40,13 +39,12 @@ class WeightOnlyArithmetic:
     ) -> Tensor:
         if scales is not None:
             raise TypeError("only int8 rows come with scales")
-        parts = []
-        for expert, (start, end) in zip(experts, pairwise(offsets), strict=True):
-            if start < end:
-                x = rows[start:end].float()  # [N, D]
-                hidden = silu_and_multiply(_multiply(x, expert.gate), _multiply(x, expert.up))  # [N, F]
-                parts.append(_multiply(hidden, expert.down))  # [N, D]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.reply_dtype)
+        return one_by_one(self._compute, experts, offsets, rows)
+
+    def _compute(self, expert: ExpertWeights, rows: Tensor) -> Tensor:
+        x = rows.float()  # [N, D]
+        hidden = silu_and_multiply(_multiply(x, expert.gate), _multiply(x, expert.up))  # [N, F]
+        return _multiply(hidden, expert.down).to(self.reply_dtype)  # [N, D]
 
 
 def _multiply(x: Tensor, weight: Tensor | Quantized) -> Tensor:
