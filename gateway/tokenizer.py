@@ -11,6 +11,7 @@ import tokenizers
 
 from consilium.errors import CheckpointError
 from consilium.model_folder import read_json
+from consilium.tokenizer_file import load_tokenizer
 from gateway.vocabulary import Vocabulary
 
 # Longer texts are encoded on another thread, with the interpreter's lock released (1 MB takes about half a second).
@@ -84,11 +85,5 @@ def _has(folder: Path, name: str) -> bool:
 def _load(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     file = folder / "tokenizer.json"
     stated = read_json(file)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{file} cannot be read by the tokenizers library: {error}") from None
-    # Truncation and padding in the file are for training; a prompt is never changed silently.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = load_tokenizer(file)
     return tokenizer, stated

@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-import tokenizers
-
 from consilium.errors import CheckpointError, ConfigError
+from consilium.tokenizer_file import load_tokenizer
 
 # Fewer leave most channels of most experts unseen; more than the second hardly move a largest magnitude.
 FEWEST_TOKENS, MOST_TOKENS = 1024, 4096
@@ -39,12 +38,7 @@ def encode_text(folder: Path, vocab_size: int, text: str, fewest: int, most: int
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; a text is read in the model's own tokens")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception
-        raise CheckpointError(f"{file} cannot be read by the tokenizers library: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = load_tokenizer(file)
     tokens = tokenizer.encode(text).ids
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:

@@ -1,0 +1,21 @@
+"""A model's tokenizer.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tokenizers
+
+from consilium.errors import CheckpointError
+
+
+def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in ``file``, which is there. Raises CheckpointError when it cannot be read."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{file} cannot be read by the tokenizers library: {error}") from None
+    # Truncation and padding in the file are for training; a text is never changed silently.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
