@@ -72,6 +72,7 @@ class GatewayConfig(Section):
         None, description="arithmetic of the projections and the head; int8 by default where the experts are"
     )
     metrics_all_experts: bool = Field(False, description="a series for every (layer, expert), not for 20 and the rest")
+    local_links: bool = Field(True, description="pass frames to workers on this host without gRPC")
     drain_timeout: Duration = Field(30.0, ge=0, description="how long running requests may go on after SIGTERM")
 
     @field_validator("api_keys")
@@ -116,6 +117,10 @@ class WorkerConfig(Section):
     threads: int | None = Field(None, ge=1, description="compute threads; all cores by default")
     max_queue: int = Field(1024, ge=1, description="most calls waiting; more are answered with RESOURCE_EXHAUSTED")
     max_frame: Size = Field(64 * 2**20, ge=2**16, le=2**30, description="largest message taken")
+    local_links: bool = Field(True, description="let gateways on this host pass frames without gRPC")
+    socket_folder: Path | None = Field(
+        None, description="a folder shared with gateways in other containers of this host, for sockets"
+    )
     drain_timeout: Duration = Field(15.0, ge=0, description="how long accepted calls may go on after SIGTERM")
 
 

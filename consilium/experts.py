@@ -64,9 +64,17 @@ class Arithmetic(Protocol):
         """The weights to compute with; int8 ones of the checkpoint stay where they are mapped."""
 
     def compute(
-        self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None
+        self,
+        experts: Sequence[ExpertWeights],
+        offsets: Sequence[int],
+        rows: Tensor,
+        scales: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Output rows [P, D], P > 0; expert i computes rows[offsets[i]:offsets[i + 1]] of rows [P, D]."""
+        """Output rows [P, D], P > 0; expert i computes rows[offsets[i]:offsets[i + 1]] of rows [P, D].
+
+        They are written into ``out`` [P, D] of the reply's dtype where it is given.
+        """
 
 
 def compute_expert(

@@ -34,11 +34,16 @@ class FloatArithmetic:
         return ExpertWeights(gate, up, down)
 
     def compute(
-        self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None
+        self,
+        experts: Sequence[ExpertWeights],
+        offsets: Sequence[int],
+        rows: Tensor,
+        scales: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if scales is not None:
             raise TypeError("only int8 rows come with scales")
-        return one_by_one(self._compute, experts, offsets, rows)
+        return one_by_one(self._compute, experts, offsets, rows, out)
 
     def _compute(self, weights: ExpertWeights, x: Tensor) -> Tensor:
         gate = tiled_linear(x, _float(weights.gate)).float()  # [P, F]
@@ -51,13 +56,16 @@ def one_by_one(
     experts: Sequence[ExpertWeights],
     offsets: Sequence[int],
     rows: Tensor,
+    out: Tensor | None,
 ) -> Tensor:
-    """Output rows [P, D], P > 0, of ``compute`` for each expert that has some of rows [P, D]."""
+    """Output rows [P, D], P > 0, of ``compute`` for each expert that has some of rows [P, D]; into ``out`` if given."""
     outputs = [
         compute(weights, rows[start:end])
         for weights, (start, end) in zip(experts, pairwise(offsets), strict=True)
         if start < end
     ]
+    if out is not None:
+        return torch.cat(outputs, out=out)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from consilium.errors import WireError
-from consilium.wire import decode_tensor, encode_tensor
+from consilium.shared_memory import SharedMemory
+from consilium.wire import WIRE_DTYPES, Place, decode_tensor, encode_tensor
 from protos.expert.v1 import expert_pb2
+from protos.tensor.v1 import tensor_pb2
 
 PROTOCOL_VERSION = 1
 
@@ -28,41 +30,46 @@ class Frame:
     experts: list[int]  # [M] ascending
     offsets: list[int]  # [M + 1] where the indices of each expert begin
     indices: Tensor  # [P] int32 into rows
+    prefill: bool = False  # some of the rows are of prompts: whoever waits for single tokens goes first
 
 
 def encode_call(
     frame: Frame,
     call_id: int,
     deadline_ms: int = 0,
-    traffic_class: expert_pb2.TrafficClass.ValueType = expert_pb2.TRAFFIC_CLASS_UNSPECIFIED,
+    place: Place | None = None,
 ) -> expert_pb2.Call:
-    """The message for ``frame``; ``deadline_ms`` counts from receipt, 0 is none."""
+    """The message for ``frame``; ``deadline_ms`` counts from receipt, 0 is none. Tensors go where ``place`` says."""
     return expert_pb2.Call(
         call_id=call_id,
         layer=frame.layer,
-        rows=encode_tensor(frame.rows),
-        scales=None if frame.scales is None else encode_tensor(frame.scales),
+        rows=encode_tensor(frame.rows, place),
+        scales=None if frame.scales is None else encode_tensor(frame.scales, place),
         experts=frame.experts,
         offsets=frame.offsets,
-        indices=encode_tensor(frame.indices),
+        indices=encode_tensor(frame.indices, place),
         deadline_ms=deadline_ms,
-        traffic_class=traffic_class,
+        traffic_class=expert_pb2.TRAFFIC_CLASS_PREFILL if frame.prefill else expert_pb2.TRAFFIC_CLASS_DECODE,
     )
 
 
-def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype) -> Frame:
-    """The frame in ``call``, with every size, offset and index checked.
+def decode_call(
+    call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype, memory: SharedMemory | None = None
+) -> Frame:
+    """The frame in ``call``, with every size, offset and index checked; large tensors may lie in ``memory``.
 
     ``row_dtype`` is what this worker computes from: torch.int8 (then scales must be there) or its float dtype.
     Raises WireError that names the field.
     """
-    rows = decode_tensor(call.rows, "rows", row_dtype, (None, hidden_size))
+    rows = decode_tensor(call.rows, "rows", row_dtype, (None, hidden_size), memory)
     scales = None
     if row_dtype is torch.int8:
-        scales = decode_tensor(call.scales, "scales", torch.float32, (rows.shape[0],))
+        scales = decode_tensor(call.scales, "scales", torch.float32, (rows.shape[0],), memory)
     elif call.HasField("scales"):
         raise WireError(f"scales: not expected with {row_dtype} rows")
-    indices = decode_tensor(call.indices, "indices", torch.int32, (None,))
+    indices = decode_tensor(call.indices, "indices", torch.int32, (None,), memory)
+    if memory is not None:
+        indices = indices.clone()  # what has been checked must not change any more
     experts, offsets = list(call.experts), list(call.offsets)
     if any(a >= b for a, b in pairwise(experts)):
         raise WireError(f"experts: must be ascending and distinct, found {experts[:16]}")
@@ -78,16 +85,23 @@ def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype)
         raise WireError(
             f"indices: must lie in 0..{rows.shape[0] - 1}, found {int(indices.min())}..{int(indices.max())}"
         )
-    return Frame(call.layer, rows, scales, experts, offsets, indices)
+    prefill = call.traffic_class == expert_pb2.TRAFFIC_CLASS_PREFILL
+    return Frame(call.layer, rows, scales, experts, offsets, indices, prefill)
 
 
-def encode_result(rows: Tensor, queue_seconds: float, compute_seconds: float) -> expert_pb2.Result:
-    """The message for output rows [P, D]."""
-    return expert_pb2.Result(
-        rows=encode_tensor(rows), queue_us=int(queue_seconds * 1e6), compute_us=int(compute_seconds * 1e6)
-    )
-
-
-def decode_result(result: expert_pb2.Result, pairs: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+def decode_result(
+    result: expert_pb2.Result, pairs: int, hidden_size: int, dtype: torch.dtype, memory: SharedMemory | None = None
+) -> Tensor:
     """The output rows [P, D] of a call of ``pairs`` pairs. Raises WireError when they are not what was asked for."""
-    return decode_tensor(result.rows, "result rows", dtype, (pairs, hidden_size))
+    return decode_tensor(result.rows, "result rows", dtype, (pairs, hidden_size), memory)
+
+
+def encode_result(
+    rows: Tensor, queue_seconds: float, compute_seconds: float, offset: int | None = None
+) -> expert_pb2.Result:
+    """The message for output rows [P, D]; ``offset`` is where they lie in shared memory, if they do."""
+    if offset is None:
+        message = encode_tensor(rows)
+    else:
+        message = tensor_pb2.Tensor(dtype=WIRE_DTYPES[rows.dtype], shape=rows.shape, offset=offset)
+    return expert_pb2.Result(rows=message, queue_us=int(queue_seconds * 1e6), compute_us=int(compute_seconds * 1e6))

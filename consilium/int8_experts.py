@@ -42,21 +42,29 @@ class Int8Arithmetic:
         return prepare_int8(tensors)
 
     def compute(
-        self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None
+        self,
+        experts: Sequence[ExpertWeights],
+        offsets: Sequence[int],
+        rows: Tensor,
+        scales: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if scales is None:
             raise TypeError("int8 rows come with scales")
         x = Quantized(rows.contiguous(), scales.contiguous())
-        out = torch.empty(rows.shape)  # [P, D] float32
+        direct = out is not None and out.dtype is torch.float32
+        found = out if out is not None and direct else torch.empty(rows.shape)  # [P, D] float32
         few: list[tuple[ExpertWeights, int, int]] = []
         for weights, (start, end) in zip(experts, pairwise(offsets), strict=True):
             if start < end and self._product.takes_many(end - start):
-                out[start:end] = self._compute_many(weights, Quantized(x.values[start:end], x.scales[start:end]))
+                found[start:end] = self._compute_many(weights, Quantized(x.values[start:end], x.scales[start:end]))
             elif start < end:
                 few.append((weights, start, end))
         if few:
-            self._compute_few(few, x, out)
-        return out.to(self.reply_dtype)
+            self._compute_few(few, x, found)
+        if out is None:
+            return found.to(self.reply_dtype)
+        return out if direct else out.copy_(found)
 
     def _compute_many(self, weights: ExpertWeights, x: Quantized) -> Tensor:
         """Output rows [P, D] of one expert."""

@@ -35,11 +35,16 @@ class WeightOnlyArithmetic:
         return prepare_int8(tensors)
 
     def compute(
-        self, experts: Sequence[ExpertWeights], offsets: Sequence[int], rows: Tensor, scales: Tensor | None
+        self,
+        experts: Sequence[ExpertWeights],
+        offsets: Sequence[int],
+        rows: Tensor,
+        scales: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if scales is not None:
             raise TypeError("only int8 rows come with scales")
-        return one_by_one(self._compute, experts, offsets, rows)
+        return one_by_one(self._compute, experts, offsets, rows, out)
 
     def _compute(self, expert: ExpertWeights, rows: Tensor) -> Tensor:
         x = rows.float()  # [N, D]

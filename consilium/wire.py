@@ -1,6 +1,7 @@
 """Tensors as raw little-endian bytes with dtype and shape, checked before anything is allocated.
 
-Decoded tensors are read-only views of the received bytes, which are taken out of the message once.
+The bytes are in the message, or in memory that both sides share. Decoded tensors are views of them: read-only ones of
+the message's, which are taken out of it once.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from consilium.errors import WireError
+from consilium.shared_memory import SharedMemory
 from protos.tensor.v1 import tensor_pb2
 
 if sys.byteorder != "little":
@@ -27,6 +30,9 @@ WIRE_DTYPES = {
 }
 TORCH_DTYPES = {code: dtype for dtype, code in WIRE_DTYPES.items()}
 
+# Where so many bytes go, in shared memory: their offset and a view of them; None when they go into the message.
+Place = Callable[[int], tuple[int, Tensor] | None]
+
 # What the configuration's `dtype` means.
 ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,18 +40,33 @@ ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
-def encode_tensor(tensor: Tensor) -> tensor_pb2.Tensor:
-    """The message for ``tensor``. Raises WireError for a dtype that does not travel."""
+def encode_tensor(tensor: Tensor, place: Place | None = None) -> tensor_pb2.Tensor:
+    """The message for ``tensor``; the elements go where ``place`` says, if it says anything.
+
+    Raises WireError for a dtype that does not travel.
+    """
     code = WIRE_DTYPES.get(tensor.dtype)
     if code is None:
         raise WireError(f"a {tensor.dtype} tensor does not travel; convert it to one of {list(WIRE_DTYPES)}")
     pattern = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, data=pattern.numpy().tobytes())
+    found = None if place is None else place(pattern.numel())
+    if found is None:
+        return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, data=pattern.numpy().tobytes())
+    offset, target = found
+    target.copy_(pattern)
+    return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, offset=offset)
 
 
-def decode_tensor(message: tensor_pb2.Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+def decode_tensor(
+    message: tensor_pb2.Tensor,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    memory: SharedMemory | None = None,
+) -> Tensor:
     """A view of the message's bytes as the ``dtype`` and ``shape`` expected; None stands for any length.
 
+    With ``memory`` the bytes may lie there, where the peer can still change them.
     Raises WireError that names the field ``name``, what was expected and what was found.
     """
     if message.dtype != WIRE_DTYPES[dtype]:
@@ -54,13 +75,25 @@ def decode_tensor(message: tensor_pb2.Tensor, name: str, dtype: torch.dtype, sha
     if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise WireError(f"{name}: expected shape [{wanted}], found {list(found)}")
-    data = message.data  # once: protobuf copies the bytes at every access
     size = math.prod(found) * dtype.itemsize
+    if message.HasField("offset"):
+        if memory is None:
+            raise WireError(f"{name}: its bytes lie in shared memory, and there is none here")
+        return memory.view(message.offset, size, name).view(dtype).view(found)
+    data = message.data  # once: protobuf copies the bytes at every access
     if len(data) != size:
         raise WireError(f"{name}: {list(found)} {dtype} takes {size} bytes, found {len(data)}")
     if size == 0:
         return _empty(name, dtype, found)
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8)).view(dtype).view(found)
+
+
+def nbytes(message: tensor_pb2.Tensor) -> int:
+    """Bytes of the elements by the message's own account, wherever they lie; nothing of it is checked."""
+    if not message.HasField("offset"):
+        return len(message.data)
+    dtype = TORCH_DTYPES.get(message.dtype)
+    return 0 if dtype is None else math.prod(message.shape) * dtype.itemsize
 
 
 def _empty(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -1,59 +1,56 @@
-"""A bounded queue of calls and the one thread that computes them, so that the event loop is always free.
+"""The one thread that computes, and where it waits: for calls that gRPC's event loop hands over, and for local links.
 
-All methods run on the event loop; only :meth:`Executor._work` and below run on the thread.
+Links are read on this thread itself: on one host the way through a second thread costs more than the socket.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
-import queue
+import os
+import select
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from consilium.errors import ConsiliumError, DeadlineExceeded, Overloaded
+from consilium.errors import ConsiliumError
+from consilium.shared_memory import SharedMemory
+from expert_service.call_queue import CallQueue, CancelledCallError, Job, Outcome
 from expert_service.frame_computer import FrameComputer
 from protos.expert.v1 import expert_pb2
 
 logger = logging.getLogger(__name__)
 
-Answer = asyncio.Future[expert_pb2.Result]
 
+class Link(Protocol):
+    """A source of calls that the computing thread reads."""
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    call: expert_pb2.Call
-    answer: Answer
-    size: int  # bytes of the call and of its result
-    received: float  # monotonic seconds
-    deadline: float | None
+    def fileno(self) -> int: ...
 
-    def check(self) -> None:
-        """Raises when nobody wants the answer any more."""
-        if self.answer.cancelled():
-            raise _CancelledError
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise DeadlineExceeded(f"not answered within its {self.call.deadline_ms} ms; this worker is overloaded")
+    def read(self) -> bool:
+        """Submit what has come, without waiting; False when the link has ended."""
+        ...
 
-
-class _CancelledError(Exception):
-    """The caller gave the call up; nothing is answered."""
+    def close(self) -> None: ...
 
 
 class Executor:
-    """Computes calls one after another, in the order they came."""
+    """Computes calls in the order of its queue."""
 
     def __init__(self, computer: FrameComputer, max_queue: int, max_bytes: int) -> None:
-        """``max_queue`` calls, and ``max_bytes`` of calls with their results, may be unfinished at a time."""
+        """As the queue has it."""
         self._computer = computer
-        self._max_queue, self._max_bytes = max_queue, max_bytes
-        self._waiting, self._waiting_bytes = 0, 0
+        self.on_done: Callable[[Job, Outcome], None] = lambda _job, _outcome: None  # told of every call, on the thread
+        self.queue = CallQueue(max_queue, max_bytes)
         self.busy_seconds = 0.0  # that the thread has spent on calls, whatever became of them
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._loop = asyncio.get_running_loop()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.epoll()
+        self._poll.register(self._wake, select.EPOLLIN)
+        self._links: dict[int, Link] = {}
+        self._closing = False
         # A daemon: the process may have to leave while a call is still computed.
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
@@ -61,54 +58,66 @@ class Executor:
     @property
     def unfinished(self) -> int:
         """Calls that wait or are computed."""
-        return self._waiting
+        return self.queue.unfinished
 
-    def submit(self, call: expert_pb2.Call) -> Answer:
-        """Queue a call; cancel the future to give it up. Raises TooLarge, or Overloaded when the queue is full."""
-        size = self._computer.result_bytes(call) + call.ByteSize()
-        if self._waiting >= self._max_queue or self._waiting_bytes + size > self._max_bytes:
-            raise Overloaded(
-                f"{self._waiting} calls of {self._waiting_bytes} bytes wait already; try again a little later"
-            )
-        now = time.monotonic()
-        deadline = now + call.deadline_ms / 1e3 if call.deadline_ms else None
-        job = _Job(call, self._loop.create_future(), size, now, deadline)
-        self._waiting += 1
-        self._waiting_bytes += size
-        self._jobs.put(job)
-        return job.answer
+    def submit(
+        self, call: expert_pb2.Call, answer: Callable[[Outcome], object], memory: SharedMemory | None = None
+    ) -> Job:
+        """Queue a call; may be called by any thread. Raises TooLarge, or Overloaded when the queue is full."""
+        job = Job(call, *self._computer.sizes(call), answer, memory)
+        self.queue.add(job)
+        if threading.current_thread() is not self._thread:
+            os.eventfd_write(self._wake, 1)
+        return job
+
+    def add_link(self, link: Link) -> None:
+        """Read ``link`` from now on until it ends; may be called by any thread."""
+        self._links[link.fileno()] = link
+        self._poll.register(link.fileno(), select.EPOLLIN)
 
     def close(self, seconds: float) -> bool:
         """End the thread once it has done what is queued; whether it has ended within ``seconds``."""
-        self._jobs.put(None)
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _settle(self, job: _Job, outcome: expert_pb2.Result | Exception) -> None:
-        self._waiting -= 1
-        self._waiting_bytes -= job.size
-        if job.answer.done():  # given up
-            return
-        if isinstance(outcome, Exception):
-            job.answer.set_exception(outcome)
-        else:
-            job.answer.set_result(outcome)
-
     def _work(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP's number is each thread's own
+        # Woken by a gateway on its own core it must not put that aside, which is about to wake other workers.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         with torch.inference_mode():
-            while (job := self._jobs.get()) is not None:
-                started = time.monotonic()
-                outcome = self._run(job)
-                self.busy_seconds += time.monotonic() - started
-                self._loop.call_soon_threadsafe(self._settle, job, outcome)
+            while len(self.queue) or not self._closing:
+                self._read(None if not len(self.queue) else 0)
+                jobs = self.queue.take(self._computer.max_batch)
+                if jobs:
+                    started = time.monotonic()
+                    self._run(jobs)
+                    self.busy_seconds += time.monotonic() - started
+        for link in self._links.values():
+            link.close()
 
-    def _run(self, job: _Job) -> expert_pb2.Result | Exception:
+    def _read(self, timeout: float | None) -> None:
+        """Take in what links and other threads have, waiting for it up to ``timeout`` (None: for ever)."""
+        for descriptor, _ in self._poll.poll(timeout):
+            link = self._links.get(descriptor)
+            if link is None:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            elif not link.read():
+                self._poll.unregister(descriptor)
+                del self._links[descriptor]
+                link.close()
+
+    def _run(self, jobs: list[Job]) -> None:
         try:
-            job.check()
-            return self._computer.compute(job.call, job.received, job.check)
-        except (ConsiliumError, _CancelledError) as error:
-            return error
-        except Exception as error:  # a bug, or out of memory: this call fails, the others go on
-            logger.exception("call for layer %d failed", job.call.layer)
-            return error
+            outcomes = self._computer.compute(jobs)
+        except Exception as error:  # a bug: these calls fail, the others go on
+            outcomes = [error] * len(jobs)
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if isinstance(outcome, Exception) and not isinstance(outcome, ConsiliumError | CancelledCallError):
+                logger.error("call for layer %d failed", job.call.layer, exc_info=outcome)
+            self.queue.done(job)
+            if not job.cancelled:
+                job.answer(outcome)
+            self.on_done(job, outcome)

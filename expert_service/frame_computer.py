@@ -1,4 +1,4 @@
-"""One call, from its message to the message of its result.
+"""From the messages of calls to the messages of their results.
 
 Letters: U distinct token rows, P (token, expert) pairs, D hidden size.
 """
@@ -6,15 +6,18 @@ Letters: U distinct token rows, P (token, expert) pairs, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from consilium.errors import StalePlacement, TooLarge
+from consilium.errors import StalePlacement, TooLarge, WireError
 from consilium.experts import Arithmetic, ExpertWeights
 from consilium.frames import Frame, decode_call, encode_result
 from consilium.units import format_size
+from consilium.wire import nbytes
+from expert_service.call_queue import Job, Outcome
+from expert_service.coalesce import merge
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
 
@@ -28,42 +31,97 @@ class FrameComputer:
         self, store: ExpertStore, arithmetic: Arithmetic, hidden_size: int, max_batch: int, max_frame: int
     ) -> None:
         self._store, self._arithmetic = store, arithmetic
-        self._hidden_size, self._max_batch, self._max_frame = hidden_size, max_batch, max_frame
+        self._hidden_size, self.max_batch, self._max_frame = hidden_size, max_batch, max_frame
 
-    def result_bytes(self, call: expert_pb2.Call) -> int:
-        """Size of the rows of the call's result. Raises TooLarge when they or the call pass the largest frame."""
-        pairs = len(call.indices.data) // INDEX_BYTES
+    def sizes(self, call: expert_pb2.Call) -> tuple[int, int, int]:
+        """Rows of the call's result as the call says, bytes of the call, and those with the rows of its result.
+
+        Raises TooLarge when one of them passes the largest frame.
+        """
+        pairs = nbytes(call.indices) // INDEX_BYTES
         size = pairs * self._hidden_size * self._arithmetic.reply_dtype.itemsize
-        for what, found in (("call", call.ByteSize()), (f"result of {pairs} rows", size)):
+        shared = sum(nbytes(each) for each in (call.rows, call.scales, call.indices) if each.HasField("offset"))
+        received = call.ByteSize() + shared
+        for what, found in (("call", received), (f"result of {pairs} rows", size)):
             if found > self._max_frame:
                 raise TooLarge(
                     f"the {what} takes {found} bytes, more than this worker's largest frame of "
                     f"{format_size(self._max_frame)}; send fewer rows, or raise worker.max_frame"
                 )
-        return size
+        return pairs, received, received + size
 
-    def compute(self, call: expert_pb2.Call, received: float, check: Callable[[], None]) -> expert_pb2.Result:
-        """The result of ``call``, which came at the monotonic time ``received``.
+    def compute(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """What each of ``jobs``, which are for one layer, comes to.
 
-        ``check`` is called before each batch and ends the work by raising. Raises WireError, StalePlacement.
+        An error of one of them changes nothing for the others. Whether a job is still wanted is looked at before each
+        batch.
         """
-        started = time.monotonic()
-        frame = decode_call(call, self._hidden_size, self._arithmetic.row_dtype)
-        if call.weight_version:
-            raise StalePlacement(f"this worker has no weight version {call.weight_version!r}; leave the field empty")
-        experts = self._store.find(frame.layer, frame.experts)
-        pairs = frame.indices.numel()
-        rows = torch.empty(pairs, self._hidden_size, dtype=self._arithmetic.reply_dtype)  # [P, D]
-        for start in range(0, pairs, self._max_batch):
-            check()
-            end = min(start + self._max_batch, pairs)
-            rows[start:end] = self._compute_batch(frame, experts, start, end)
-        return encode_result(rows, started - received, time.monotonic() - started)
+        outcomes: list[Outcome | None] = [None] * len(jobs)
+        started, good = time.monotonic(), list[int]()
+        frames, rows = list[Frame](), list[Tensor]()
+        for place, job in enumerate(jobs):
+            try:
+                job.check()
+                frame = self._decode(job)
+                rows.append(self._room(job, frame))
+                frames.append(frame)
+                good.append(place)
+            except Exception as error:  # an outcome like others; what it was is logged with it
+                outcomes[place] = error
+        try:
+            if len(good) == 1:
+                self._compute(frames[0], rows[0], jobs[good[0]])
+            elif good:
+                self._compute_together(frames, rows)
+        except Exception as error:
+            return [outcome or error for outcome in outcomes]
+        seconds = time.monotonic() - started
+        for place, found in zip(good, rows, strict=True):
+            job = jobs[place]
+            offset = job.call.result_offset if job.call.HasField("result_offset") else None
+            outcomes[place] = encode_result(found, started - job.received, seconds, offset)
+        return [outcome for outcome in outcomes if outcome is not None]
 
-    def _compute_batch(self, frame: Frame, experts: list[ExpertWeights], start: int, end: int) -> Tensor:
-        """Output rows of the pairs ``start`` to ``end``."""
+    def _decode(self, job: Job) -> Frame:
+        """Raises WireError, StalePlacement."""
+        frame = decode_call(job.call, self._hidden_size, self._arithmetic.row_dtype, job.memory)
+        if job.call.weight_version:
+            raise StalePlacement(
+                f"this worker has no weight version {job.call.weight_version!r}; leave the field empty"
+            )
+        self._store.find(frame.layer, frame.experts)
+        return frame
+
+    def _room(self, job: Job, frame: Frame) -> Tensor:
+        """Where the output rows [P, D] go: shared memory, where the caller made room there. Raises WireError."""
+        shape, dtype = (frame.indices.numel(), self._hidden_size), self._arithmetic.reply_dtype
+        if not job.call.HasField("result_offset"):
+            return torch.empty(shape, dtype=dtype)
+        if job.memory is None:
+            raise WireError("result_offset: there is no shared memory here")
+        size = shape[0] * shape[1] * dtype.itemsize
+        return job.memory.view(job.call.result_offset, size, "result_offset").view(dtype).view(shape)
+
+    def _compute(self, frame: Frame, rows: Tensor, job: Job) -> None:
+        experts = self._store.find(frame.layer, frame.experts)
+        for start in range(0, len(rows), self.max_batch):
+            job.check()
+            end = min(start + self.max_batch, len(rows))
+            self._compute_batch(frame, experts, rows[start:end], start)
+
+    def _compute_together(self, frames: list[Frame], rows: list[Tensor]) -> None:
+        """Frames that fit into one batch: the experts that several of them ask for are read once."""
+        merged, places = merge(frames)
+        found = torch.empty(merged.indices.numel(), self._hidden_size, dtype=self._arithmetic.reply_dtype)
+        self._compute_batch(merged, self._store.find(merged.layer, merged.experts), found, 0)
+        for target, own in zip(rows, places, strict=True):
+            torch.index_select(found, 0, own, out=target)
+
+    def _compute_batch(self, frame: Frame, experts: list[ExpertWeights], out: Tensor, start: int) -> None:
+        """The output rows of the pairs from ``start`` on, into ``out``."""
+        end = start + len(out)
         offsets = [min(max(offset, start), end) - start for offset in frame.offsets]
         indices = frame.indices[start:end]
         rows = frame.rows.index_select(0, indices)
         scales = None if frame.scales is None else frame.scales.index_select(0, indices)
-        return self._arithmetic.compute(experts, offsets, rows, scales)
+        self._arithmetic.compute(experts, offsets, rows, scales, out)

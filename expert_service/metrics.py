@@ -19,8 +19,8 @@ from prometheus_client.registry import Collector
 
 from consilium import __version__
 from consilium.errors import ConfigError, ConsiliumError
-from expert_service.executor import Answer, Executor
-from expert_service.frame_computer import INDEX_BYTES
+from expert_service.call_queue import CancelledCallError, Job, Outcome
+from expert_service.executor import Executor
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
 
@@ -43,6 +43,7 @@ class ServiceMetrics:
     """Every metric of one worker, in a registry of its own."""
 
     def __init__(self, description: expert_pb2.DescribeResponse, executor: Executor, store: ExpertStore) -> None:
+        """Has ``executor`` tell it of every call that it took."""
         self.registry = CollectorRegistry()
         self._labels = (description.model, description.group)
         self._max_batch = description.max_batch
@@ -53,6 +54,7 @@ class ServiceMetrics:
         )
         for outcome in _OUTCOMES:  # a ratio of errors needs series that begin at 0
             self._calls.labels(*self._labels, outcome)
+        self._ok = self._calls.labels(*self._labels, "ok")
         self._rows = self._counter("rows", "Rows computed: (token, expert) pairs")
         self._batches = self._counter("compute_batches", "Compute batches: calls are cut at max_batch rows")
         self._received = self._counter("received_bytes", "Bytes of calls")
@@ -60,16 +62,26 @@ class ServiceMetrics:
         self._queue = self._histogram("queue_seconds", "From a call's arrival to the begin of its computing")
         self._compute = self._histogram("compute_seconds", "Computing of one call")
         self._inventory(description, store)
+        executor.on_done = self.done
 
     def refused(self, error: Exception) -> None:
         """A call was not taken."""
         self._count(_outcome_of(error))
 
-    def watch(self, call: expert_pb2.Call, answer: Answer) -> None:
-        """A call was taken; count it when it is done."""
-        self._received.inc(call.ByteSize())
-        rows = len(call.indices.data) // INDEX_BYTES
-        answer.add_done_callback(lambda done: self._finished(rows, done))
+    def done(self, job: Job, outcome: Outcome) -> None:
+        """A call that was taken is answered; called by the thread that computes."""
+        self._received.inc(job.received_bytes)
+        if job.cancelled or isinstance(outcome, CancelledCallError):
+            self._count("cancelled")
+        elif isinstance(outcome, Exception):
+            self._count(_outcome_of(outcome))
+        else:
+            self._ok.inc()
+            self._rows.inc(job.pairs)
+            self._batches.inc(-(-job.pairs // self._max_batch))
+            self._sent.inc(outcome.ByteSize() if job.memory is None else job.size - job.received_bytes)
+            self._queue.observe(outcome.queue_us / 1e6)
+            self._compute.observe(outcome.compute_us / 1e6)
 
     def serve(self, host: str, port: int) -> str:
         """Answer scrapes on a thread of its own. Returns the URL; raises ConfigError when the port cannot be had."""
@@ -83,20 +95,6 @@ class ServiceMetrics:
         url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics"
         logger.info("metrics at %s", url)
         return url
-
-    def _finished(self, rows: int, answer: Answer) -> None:
-        if answer.cancelled():
-            self._count("cancelled")
-        elif (error := answer.exception()) is not None:
-            self._count(_outcome_of(error))
-        else:
-            result = answer.result()
-            self._count("ok")
-            self._rows.inc(rows)
-            self._batches.inc(-(-rows // self._max_batch))
-            self._sent.inc(result.ByteSize())
-            self._queue.observe(result.queue_us / 1e6)
-            self._compute.observe(result.compute_us / 1e6)
 
     def _count(self, outcome: str) -> None:
         self._calls.labels(*self._labels, outcome).inc()
@@ -127,7 +125,7 @@ class ServiceMetrics:
 
 
 class _ExecutorCollector(Collector):
-    """Reads the executor at every scrape, so that nothing is counted on the thread that computes."""
+    """Reads the executor at every scrape."""
 
     def __init__(self, executor: Executor, labels: tuple[str, str]) -> None:
         self._executor, self._labels = executor, labels

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import uuid
+from collections.abc import Callable
 
 import grpc
 import torch
@@ -21,10 +23,13 @@ from consilium.experts import Arithmetic
 from consilium.frames import PROTOCOL_VERSION
 from consilium.models import resolve_model
 from consilium.rpc import ErrorInterceptor, server_options
+from consilium.shared_memory import SharedMemory
 from consilium.telemetry import announce
 from consilium.wire import WIRE_DTYPES
 from expert_service.executor import Executor
 from expert_service.frame_computer import FrameComputer
+from expert_service.local_link import LocalLink
+from expert_service.local_listener import LocalListener
 from expert_service.metrics import ServiceMetrics
 from expert_service.selection import select_experts, select_layers
 from expert_service.servicer import ExpertServicer
@@ -82,10 +87,14 @@ class Worker:
         """Answer calls until SIGTERM or SIGINT, then drain. Raises ConfigError when a port cannot be had."""
         config = self.config.worker
         computer = FrameComputer(self.store, self.arithmetic, self.model.hidden_size, self.max_batch, config.max_frame)
-        executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
         description = self.describe()
+        executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
         metrics = ServiceMetrics(description, executor, self.store)
         servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame)
+        listener = None
+        if config.local_links:
+            listener = LocalListener(description.worker_id, config.socket_folder, _adopter(executor, servicer))
+            description.local_sockets.extend(listener.names)
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(config.max_frame))
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
         status = health.aio.HealthServicer()
@@ -99,12 +108,21 @@ class Worker:
         announce(address, scraped)
         await stopping.wait()
         await status.enter_graceful_shutdown()
+        if listener is not None:
+            listener.close()
         await _drain(servicer, config.drain_timeout)
         await server.stop(CLOSING_SECONDS)
         if not executor.close(CLOSING_SECONDS):
             logger.warning("leaving in the middle of a call")
             logging.shutdown()
             os._exit(0)  # an ordinary exit would tear the interpreter down under the computing thread
+
+
+def _adopter(executor: Executor, servicer: ExpertServicer) -> Callable[[socket.socket, SharedMemory], None]:
+    def adopt(link: socket.socket, memory: SharedMemory) -> None:
+        executor.add_link(LocalLink(link, memory, servicer.take))
+
+    return adopt
 
 
 async def _drain(servicer: ExpertServicer, seconds: float) -> None:

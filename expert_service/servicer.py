@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,14 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from consilium.errors import ExpertUnavailable
-from expert_service.executor import Answer, Executor
+from consilium.shared_memory import SharedMemory
+from expert_service.call_queue import Job, Outcome
+from expert_service.executor import Executor
 from expert_service.metrics import ServiceMetrics
-from expert_service.stream import ForwardStream
+from expert_service.stream import Answer, ForwardStream
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 
 DRAINING = "draining: this worker is shutting down and takes no more calls; another replica may have the expert"
-
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -72,18 +73,33 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             stream.end()
         if self._running:
             await self._quiet.wait()
+        # Those of local links, which the event loop knows nothing of.
+        loop, idle = asyncio.get_running_loop(), asyncio.Event()
+        self._executor.queue.when_empty(lambda: loop.call_soon_threadsafe(idle.set))
+        await idle.wait()
 
     def submit(self, call: expert_pb2.Call) -> Answer:
-        """Queue a call, and count it. Raises as the executor does, and ExpertUnavailable while draining."""
+        """Queue a call of the event loop. Raises as :meth:`take` does; cancel the future to give it up."""
+        loop = asyncio.get_running_loop()
+        answer: Answer = loop.create_future()
+        job = self.take(call, lambda outcome: loop.call_soon_threadsafe(_settle, answer, outcome))
+        answer.add_done_callback(lambda done: _cancel(job) if done.cancelled() else None)
+        return answer
+
+    def take(
+        self,
+        call: expert_pb2.Call,
+        answer: Callable[[Outcome], object],
+        memory: SharedMemory | None = None,
+    ) -> Job:
+        """Queue a call; any thread may. Raises as the executor does, and ExpertUnavailable while draining."""
         try:
             if self._draining:
                 raise ExpertUnavailable(DRAINING)
-            answer = self._executor.submit(call)
+            return self._executor.submit(call, answer, memory)
         except Exception as error:
             self._metrics.refused(error)
             raise
-        self._metrics.watch(call, answer)
-        return answer
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -94,3 +110,16 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             self._running -= 1
             if not self._running:
                 self._quiet.set()
+
+
+def _settle(answer: Answer, outcome: Outcome) -> None:
+    if answer.done():  # given up
+        return
+    if isinstance(outcome, Exception):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)
+
+
+def _cancel(job: Job) -> None:
+    job.cancelled = True

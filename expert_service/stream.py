@@ -9,10 +9,11 @@ from functools import partial
 
 from consilium.errors import ConsiliumError, InvalidRequest
 from consilium.rpc import to_call_error
-from expert_service.executor import Answer
 from protos.expert.v1 import expert_pb2
 
 logger = logging.getLogger(__name__)
+
+Answer = asyncio.Future[expert_pb2.Result]
 
 
 class ForwardStream:

@@ -52,6 +52,11 @@ class Batch:
         self.table = np.array([segment.numbers() for segment in self.segments], np.int64)
         self.positions = BLOCK * max((blocks_for(each.position + each.length) for each in self.segments), default=0)
 
+    @property
+    def prefill(self) -> bool:
+        """Whether some of the rows are of prompts."""
+        return len(self.tokens) > len(self.segments)
+
     def live_rows(self) -> Sequence[int]:
         """The rows that somebody still waits for: of sequences without a failed row."""
         if not self.failures:

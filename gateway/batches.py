@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium.gate import Routing
+from consilium.kernels import routing as kernel
+from consilium.kernels.float_tile import BFLOAT16, FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class ExpertBatches:
     slots: NDArray[np.int64]  # [P] place t * K + k of each pair in the output
     tokens: NDArray[np.int64]  # [P] row of each pair
     places: int  # T * K; P is less when some pairs have been taken out
+    prefill: bool = False  # some of the rows are of prompts
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -33,13 +37,11 @@ class ExpertBatches:
         return self.offsets[1:] - self.offsets[:-1]
 
 
-def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing) -> ExpertBatches:
+def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing, *, prefill: bool = False) -> ExpertBatches:
     """Sort the pairs of ``routing`` by expert; pairs of one expert keep the order of their tokens."""
     ids = routing.ids.numpy().reshape(-1)  # [T * K]
-    slots = np.argsort(ids, kind="stable")
-    experts, starts = np.unique(ids[slots], return_index=True)
-    tokens = slots // routing.ids.shape[1]
-    return ExpertBatches(rows, scales, experts, np.append(starts, ids.size), slots, tokens, ids.size)
+    experts, offsets, slots, tokens = kernel.group(ids, routing.ids.shape[1])
+    return ExpertBatches(rows, scales, experts, offsets, slots, tokens, ids.size, prefill)
 
 
 def experts_of_tokens(batches: ExpertBatches) -> NDArray[np.int64]:
@@ -65,10 +67,16 @@ def keep_tokens(batches: ExpertBatches, tokens: Sequence[int]) -> ExpertBatches:
     )
 
 
+def scatter(rows: Tensor, slots: NDArray[np.int64], outputs: Tensor) -> None:
+    """Put rows [P, D], float32 or bfloat16, into their ``slots`` [P] of outputs [T * K, D] float32."""
+    form = FLOAT32 if rows.dtype is torch.float32 else BFLOAT16
+    kernel.scatter(form, rows.data_ptr(), *rows.shape, slots.ctypes.data, outputs.data_ptr())
+
+
 def combine(outputs: Tensor, routing: Routing) -> Tensor:
     """Weighted sum of outputs [T * K, D] over K, one expert after the other in ascending id -> [T, D] float32."""
-    weighted = outputs.view(*routing.ids.shape, -1) * routing.weights[:, :, None]  # [T, K, D]
-    total = weighted[:, 0]
-    for k in range(1, weighted.shape[1]):
-        total = total + weighted[:, k]
+    tokens, top_k = routing.ids.shape
+    weights, rows = routing.weights.contiguous(), outputs.contiguous()
+    total = torch.empty(tokens, outputs.shape[1])
+    kernel.weighted_sum(rows.data_ptr(), weights.data_ptr(), tokens, top_k, outputs.shape[1], total.data_ptr())
     return total

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, InvalidRequest
 from consilium.frames import Frame, decode_result
-from gateway.batches import ExpertBatches
+from consilium.kernels.routing import select
+from consilium.shared_memory import SharedMemory
+from gateway.batches import ExpertBatches, scatter
 from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion
 from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
@@ -36,6 +38,8 @@ class Reply:
     round_trip: float  # seconds
     bytes_sent: int
     bytes_received: int
+    memory: SharedMemory | None = None  # where the rows may lie, until they are released
+    release: Callable[[], None] = lambda: None
 
 
 class Worker(Protocol):
@@ -69,8 +73,7 @@ class Dispatcher:
         self.workers: Mapping[str, Worker] = {}
         self._row_dtype, self._layer_timeout = row_dtype, layer_timeout
         self.meter = meter
-        self._stats: dict[str, WorkerStats] = {}
-        self._expert_calls: dict[str, list[NDArray[np.int64]]] = {}  # rows of each expert in each frame, by address
+        self._work: dict[str, _Work] = {}
         self._turn = 0
 
     async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
@@ -80,104 +83,151 @@ class Dispatcher:
         layer's deadline is missing for the rows that need it, and for no others.
         """
         self.meter.add(layer, batches)
-        hidden_size = batches.rows.shape[1]
-        outputs = torch.zeros(batches.places, hidden_size)
+        make = torch.empty if len(batches.slots) == batches.places else torch.zeros  # what nobody asks for stays 0
+        outputs = make(batches.places, batches.rows.shape[1])
         failures: dict[int, Exception] = {}
         excluded: dict[str, ConsiliumError] = {}
         deadline = time.monotonic() + self._layer_timeout
-        wanted = list(range(len(batches.experts)))
-        while wanted:
+        wanted: list[int] | None = None if len(batches.experts) else []  # None is all
+        while wanted is None or wanted:
             plan, orphans = self._plan(layer, batches, wanted, excluded)
             for position in orphans:
-                self._fail(batches, position, _unavailable(layer, int(batches.experts[position]), excluded), failures)
+                error = _unavailable(layer, int(batches.experts[position]), excluded)
+                self._fail(batches, position, error, failures, outputs)
             calls = []
             for address, positions in plan.items():
                 frame, pairs = build_frame(layer, batches, positions)
                 worker = self.workers[address]
                 limit = min(deadline, time.monotonic() + worker.time_limit(len(pairs)))
                 calls.append((worker, positions, pairs, worker.send(frame, limit)))
-                self._count(worker, failovers=bool(excluded))
+                self._of(worker).failovers += bool(excluded)
             wanted = []
             for worker, positions, pairs, call in calls:
                 try:
-                    outputs[batches.slots[pairs]] = await self._collect(worker, call, len(pairs), hidden_size)
-                    self._expert_calls.setdefault(worker.address, []).append(batches.counts[positions])
+                    await self._collect(worker, call, outputs, batches.slots[pairs])
+                    self._of(worker).expert_calls.append(batches.counts[positions])
                 except ConsiliumError as error:
-                    self._count(worker, failures=1)
+                    self._of(worker).failures += 1
                     if isinstance(error, InvalidRequest):  # of this gateway, not of its client
                         error = ConsiliumError(f"a worker refused a frame of this gateway: {error.message}")
                     if error.retryable:
                         excluded[worker.address] = error
-                        wanted += positions
+                        wanted += positions.tolist()
                     else:
                         for position in positions:
-                            self._fail(batches, position, error, failures)
+                            self._fail(batches, position, error, failures, outputs)
         return outputs, failures
 
     def take_stats(self) -> list[WorkerStats]:
         """What each worker did since the last call."""
-        for address, calls in self._expert_calls.items():  # of a whole step at once: each call costs more than the rows
-            buckets = np.searchsorted(EXPERT_CALL_ROWS, np.concatenate(calls))
-            self._stats[address].expert_calls = np.bincount(buckets, minlength=len(EXPERT_CALL_ROWS) + 1).tolist()
-        stats, self._stats, self._expert_calls = list(self._stats.values()), {}, {}
-        return stats
+        work, self._work = self._work, {}
+        return [each.stats(address) for address, each in work.items()]
 
     def _plan(
-        self, layer: int, batches: ExpertBatches, wanted: list[int], excluded: Mapping[str, object]
-    ) -> tuple[dict[str, list[int]], list[int]]:
-        """Positions (in ``batches.experts``) for each address, and those without a holder."""
+        self, layer: int, batches: ExpertBatches, wanted: list[int] | None, excluded: Mapping[str, object]
+    ) -> tuple[dict[str, NDArray[np.int64]], list[int]]:
+        """Positions (in ``batches.experts``) for each address, and those without a holder; None wants all."""
+        if wanted is None:
+            addresses, owners = self.placement.sole_holders(layer)
+            if len(owners) > batches.experts[-1]:
+                owner = owners[batches.experts]  # [M]
+                if owner.min() >= 0:
+                    found = {address: np.flatnonzero(owner == each) for each, address in enumerate(addresses)}
+                    return {address: positions for address, positions in found.items() if len(positions)}, []
+            wanted = list(range(len(batches.experts)))
         holders = {}
         for position in wanted:
-            addresses = self.placement.holders.get((layer, int(batches.experts[position])), ())
-            holders[position] = tuple(each for each in addresses if each not in excluded) if excluded else addresses
+            candidates = self.placement.holders.get((layer, int(batches.experts[position])), ())
+            holders[position] = tuple(each for each in candidates if each not in excluded) if excluded else candidates
         self._turn += 1
         counts = batches.counts
-        return assign({position: int(counts[position]) for position in wanted}, holders, self._turn)
+        plan, orphans = assign({position: int(counts[position]) for position in wanted}, holders, self._turn)
+        return {address: np.array(positions) for address, positions in plan.items()}, orphans
 
-    async def _collect(self, worker: Worker, call: Completion[Reply], pairs: int, hidden_size: int) -> Tensor:
+    async def _collect(
+        self, worker: Worker, call: Completion[Reply], outputs: Tensor, slots: NDArray[np.int64]
+    ) -> None:
+        """Put the rows that ``call`` brings into their ``slots`` [P] of ``outputs`` [T * K, D]."""
         reply = await call
-        rows = decode_result(reply.result, pairs, hidden_size, self._row_dtype)  # [P, D]
-        queue_seconds, compute_seconds = reply.result.queue_us / 1e6, reply.result.compute_us / 1e6
-        self._count(
-            worker,
-            frames=1,
-            rows=pairs,
-            bytes_sent=reply.bytes_sent,
-            bytes_received=reply.bytes_received,
-            queue_seconds=queue_seconds,
-            compute_seconds=compute_seconds,
-            wire_seconds=max(0.0, reply.round_trip - queue_seconds - compute_seconds),
-        )
-        return rows.float()
+        rows = decode_result(reply.result, len(slots), outputs.shape[1], self._row_dtype, reply.memory)  # [P, D]
+        scatter(rows, slots, outputs)
+        reply.release()
+        self._of(worker).add(reply, len(slots))
 
-    def _count(self, worker: Worker, **amounts: float) -> None:
-        stats = self._stats.setdefault(worker.address, WorkerStats(worker.group, worker.address))
-        for name, amount in amounts.items():
-            setattr(stats, name, getattr(stats, name) + amount)
+    def _of(self, worker: Worker) -> _Work:
+        work = self._work.get(worker.address)
+        if work is None:
+            work = self._work[worker.address] = _Work(worker.group)
+        return work
 
     @staticmethod
-    def _fail(batches: ExpertBatches, position: int, error: Exception, failures: dict[int, Exception]) -> None:
-        for row in batches.tokens[batches.offsets[position] : batches.offsets[position + 1]]:
+    def _fail(
+        batches: ExpertBatches, position: int, error: Exception, failures: dict[int, Exception], outputs: Tensor
+    ) -> None:
+        pairs = slice(batches.offsets[position], batches.offsets[position + 1])
+        outputs[torch.from_numpy(batches.slots[pairs])] = 0
+        for row in batches.tokens[pairs]:
             failures.setdefault(int(row), error)
 
 
-def build_frame(layer: int, batches: ExpertBatches, positions: list[int]) -> tuple[Frame, NDArray[np.int64]]:
+@dataclass(slots=True)
+class _Work:
+    """What one worker did, counted at every frame; a plain class, for it is on the token path."""
+
+    group: str
+    frames: int = 0
+    rows: int = 0
+    failures: int = 0
+    failovers: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    queue_us: int = 0
+    compute_us: int = 0
+    wire_seconds: float = 0.0
+    expert_calls: list[NDArray[np.int64]] = field(default_factory=list)  # rows of each expert in each frame
+
+    def add(self, reply: Reply, rows: int) -> None:
+        """Count one frame of so many rows."""
+        queue_us, compute_us = reply.result.queue_us, reply.result.compute_us
+        self.frames += 1
+        self.rows += rows
+        self.bytes_sent += reply.bytes_sent
+        self.bytes_received += reply.bytes_received
+        self.queue_us += queue_us
+        self.compute_us += compute_us
+        self.wire_seconds += max(0.0, reply.round_trip - (queue_us + compute_us) / 1e6)
+
+    def stats(self, address: str) -> WorkerStats:
+        """As the HTTP process takes it."""
+        calls = list[int]()
+        if self.expert_calls:  # of a whole step at once: each call costs more than the rows
+            buckets = np.searchsorted(EXPERT_CALL_ROWS, np.concatenate(self.expert_calls))
+            calls = np.bincount(buckets, minlength=len(EXPERT_CALL_ROWS) + 1).tolist()
+        return WorkerStats(
+            self.group,
+            address,
+            frames=self.frames,
+            rows=self.rows,
+            failures=self.failures,
+            failovers=self.failovers,
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+            queue_seconds=self.queue_us / 1e6,
+            compute_seconds=self.compute_us / 1e6,
+            wire_seconds=self.wire_seconds,
+            expert_calls=calls,
+        )
+
+
+def build_frame(layer: int, batches: ExpertBatches, positions: NDArray[np.int64]) -> tuple[Frame, NDArray[np.int64]]:
     """The frame for the experts at ``positions``, each distinct token row once, and which pairs it covers [P]."""
-    bounds = [(batches.offsets[each], batches.offsets[each + 1]) for each in positions]
-    pairs = np.concatenate([np.arange(start, stop) for start, stop in bounds])
-    tokens, indices = np.unique(batches.tokens[pairs], return_inverse=True)
+    pairs, tokens, offsets, indices = select(batches.offsets, batches.tokens, positions, len(batches.rows))
     rows, scales = batches.rows, batches.scales
     if len(tokens) < len(rows):
-        rows, scales = rows[tokens], None if scales is None else scales[tokens]
-    frame = Frame(
-        layer=layer,
-        rows=rows,
-        scales=scales,
-        experts=batches.experts[positions].tolist(),
-        offsets=np.cumsum([0, *(stop - start for start, stop in bounds)]).tolist(),
-        indices=torch.from_numpy(indices.astype(np.int32)),
-    )
-    return frame, pairs
+        chosen = torch.from_numpy(tokens)
+        rows, scales = rows[chosen], None if scales is None else scales[chosen]
+    experts = batches.experts[positions].tolist()
+    return Frame(layer, rows, scales, experts, offsets.tolist(), torch.from_numpy(indices), batches.prefill), pairs
 
 
 def _unavailable(layer: int, expert: int, excluded: Mapping[str, ConsiliumError]) -> ConsiliumError:

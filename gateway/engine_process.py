@@ -159,6 +159,7 @@ class EngineProcess:
             quantization=config.quantization,
             row_dtype=WIRE_DTYPES[ROW_DTYPES[config.dtype]],
             hidden_size=checkpoint.config.hidden_size,
+            local_links=config.gateway.local_links,
         )
         pool = WorkerPool(config.experts, config.worker.max_frame, checkpoint.config, expectations, self._mailbox)
         following = asyncio.ensure_future(pool.run())

@@ -6,8 +6,10 @@ and a loop that polls beside it costs more than the waiting itself. Only the eng
 
 from __future__ import annotations
 
-import queue
+import os
+import select
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
@@ -45,31 +47,65 @@ class Completion(Generic[T]):
 
 
 class Mailbox:
-    """A queue into the engine's thread. ``post`` and ``settle`` may be called from any thread."""
+    """Where the engine's thread gets everything from. ``post``, ``settle`` and ``watch`` may be called from any thread.
+
+    Local links are read by the engine's thread itself: a second thread between would cost more than the socket.
+    """
 
     def __init__(self, handle: Callable[[object], None]) -> None:
-        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._events: deque[object] = deque()
         self._handle = handle
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._asleep = False
+        self._poll = select.epoll()
+        self._poll.register(self._wake, select.EPOLLIN)
+        self._watched: dict[int, Callable[[], None]] = {}
 
     def post(self, event: object) -> None:
         """Hand ``event`` to the engine's handler."""
-        self._queue.put(event)
+        self._events.append(event)
+        if self._asleep:
+            os.eventfd_write(self._wake, 1)
 
     def settle(self, completion: Completion[T], outcome: T | Exception) -> None:
         """Give ``completion`` its outcome and wake whoever awaits it."""
-        self._queue.put(lambda: completion.settle(outcome))
+        self.post(lambda: completion.settle(outcome))
+
+    def watch(self, descriptor: int, on_readable: Callable[[], None]) -> None:
+        """Call ``on_readable`` on the engine's thread whenever there is something to read."""
+        self._watched[descriptor] = on_readable
+        self._poll.register(descriptor, select.EPOLLIN)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Before the descriptor is closed."""
+        if self._watched.pop(descriptor, None) is not None:
+            self._poll.unregister(descriptor)
 
     def receive(self, timeout: float | None) -> bool:
-        """Take one event, waiting up to ``timeout`` seconds (None: for ever, 0: not at all); False if none came."""
-        try:
-            event = self._queue.get(timeout=timeout) if timeout != 0 else self._queue.get_nowait()
-        except queue.Empty:
-            return False
+        """Take what has come, waiting up to ``timeout`` seconds (None: for ever, 0: not at all); False if nothing."""
+        if not self._events:
+            return self._wait(timeout)
+        event = self._events.popleft()
         if callable(event):
             event()
         else:
             self._handle(event)
         return True
+
+    def _wait(self, timeout: float | None) -> bool:
+        self._asleep = True
+        try:
+            # Whoever posts after this look finds us asleep, and wakes us.
+            ready = self._poll.poll(0 if self._events else timeout)
+        finally:
+            self._asleep = False
+        for descriptor, _ in ready:
+            on_readable = self._watched.get(descriptor)
+            if on_readable is not None:
+                on_readable()
+            elif descriptor == self._wake:
+                os.eventfd_read(self._wake)
+        return bool(ready or self._events)
 
     def drive(self, coroutine: Coroutine[Completion[Any], None, T]) -> T:
         """Run ``coroutine`` to its end, taking events whenever it awaits."""

@@ -35,7 +35,7 @@ class MoELayer:
         """[T, D] -> [T, D]; rows whose experts could not be had are noted in the batch."""
         routing = self.route(x)
         rows, scales = self._arithmetic.expert_rows(x)
-        batches = group_by_expert(rows, scales, routing)
+        batches = group_by_expert(rows, scales, routing, prefill=batch.prefill)
         if batch.failures:
             batches = keep_tokens(batches, batch.live_rows())
         outputs, failures = await self._experts.dispatch(self._layer, batches)

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from consilium.model_config import ModelConfig
 
 # Reading an expert's weights costs a worker about as much as computing this many rows of it.
@@ -38,6 +41,19 @@ class Placement:
     """The addresses of the workers that hold each expert; one immutable view, replaced as a whole."""
 
     holders: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)  # (layer, expert) to addresses
+    _sole: dict[int, tuple[list[str], NDArray[np.int64]]] = field(default_factory=dict, init=False, compare=False)
+
+    def sole_holders(self, layer: int) -> tuple[list[str], NDArray[np.int64]]:
+        """Addresses, and for every expert [E] of the layer which of them alone holds it; -1 for none or several."""
+        if layer not in self._sole:
+            held = {expert: addresses for (each, expert), addresses in self.holders.items() if each == layer}
+            addresses = sorted({each for many in held.values() for each in many})
+            owners = np.full(max(held, default=-1) + 1, -1, np.int64)
+            for expert, mine in held.items():
+                if len(mine) == 1:
+                    owners[expert] = addresses.index(mine[0])
+            self._sole[layer] = addresses, owners
+        return self._sole[layer]
 
     def missing(self, config: ModelConfig) -> list[tuple[int, int]]:
         """The experts (layer, expert) that nobody holds, ascending."""

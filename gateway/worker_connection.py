@@ -1,5 +1,6 @@
-"""The gRPC connection to one worker: Describe, then one long-lived Forward stream, again and again until closed.
+"""The connection to one worker: Describe, then long-lived Forward streams, again and again until closed.
 
+With a worker on this host frames go over a local link instead, and the streams are for those that find no room there.
 Everything here runs on the I/O thread, except :meth:`WorkerConnection.send`, which the engine's thread calls.
 """
 
@@ -21,6 +22,7 @@ from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
 from consilium.rpc import channel_options, from_call_error, from_rpc_error
 from consilium.wire import TORCH_DTYPES
 from gateway.dispatcher import Reply
+from gateway.local_link import LocalLink, open_link
 from gateway.mailbox import Completion, Mailbox
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.tensor.v1 import tensor_pb2
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 REFUSED = "not used: "  # begins the detail of a worker that answers but does not fit
 DESCRIBE_TIMEOUT = 5.0  # seconds
+LINK_FRAMES = 2  # largest frames that a link's memory has room for, with their results; pages are committed as needed
 FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0  # seconds between attempts to connect
 
 
@@ -43,6 +46,7 @@ class Expectations:
     quantization: str
     row_dtype: tensor_pb2.Dtype.ValueType
     hidden_size: int
+    local_links: bool = True  # pass frames without gRPC where that is possible
 
     def check(self, description: expert_pb2.DescribeResponse) -> None:
         """Raises ConfigError that says what differs and which of the two sides says what."""
@@ -91,6 +95,8 @@ class WorkerConnection:
         self._pending: dict[int, _Pending] = {}
         self._outgoing: asyncio.Queue[expert_pb2.ForwardRequest] = asyncio.Queue()
         self._suspect = asyncio.Event()
+        self._link: LocalLink | None = None
+        self._lost = ""  # why the last link was
 
     @property
     def numerics_class(self) -> str:
@@ -107,10 +113,16 @@ class WorkerConnection:
         """Start one call; its outcome comes through the mailbox."""
         call_id = next(self._call_ids)
         milliseconds = max(1, int((deadline - time.monotonic()) * 1e3))
-        request = expert_pb2.ForwardRequest(call=encode_call(frame, call_id, milliseconds))
-        completion: Completion[Reply] = Completion(deadline, lambda: self._call_loop(lambda: self._give_up(call_id)))
-        self._call_loop(lambda: self._start(call_id, request, completion))
+        completion: Completion[Reply] = Completion(deadline, lambda: self._expire(call_id))
+        link = self._link
+        if link is None or not link.open or not link.send(call_id, frame, milliseconds, completion):
+            request = expert_pb2.ForwardRequest(call=encode_call(frame, call_id, milliseconds))
+            self._call_loop(lambda: self._start(call_id, request, completion))
         return completion
+
+    def _expire(self, call_id: int) -> None:
+        if self._link is None or not self._link.give_up(call_id):
+            self._call_loop(lambda: self._give_up(call_id))
 
     def _call_loop(self, function: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(function)
@@ -145,6 +157,7 @@ class WorkerConnection:
             self._expectations.check(description)
             stream = stub.Forward()
             self._suspect.clear()
+            self._link = await self._open_link(description)
             self.description, self.detail = description, ""
             self._on_change()
             tasks = [
@@ -162,7 +175,36 @@ class WorkerConnection:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         if self._suspect.is_set():
-            raise ExpertUnavailable("did not answer in time")
+            raise ExpertUnavailable(self._lost or "did not answer in time")
+
+    async def _open_link(self, description: expert_pb2.DescribeResponse) -> LocalLink | None:
+        """Where both sides want one and are on one host; else says why there is none."""
+        self._lost = ""
+        if not self._expectations.local_links or not description.local_sockets:
+            return None
+        row_bytes = description.hidden_size * TORCH_DTYPES[description.row_dtype].itemsize
+        size = LINK_FRAMES * self._max_frame
+        try:
+            link = await open_link(description.local_sockets, description.worker_id, size, row_bytes, self._mailbox)
+        except ExpertUnavailable as error:
+            log.info("worker %s: over gRPC alone: %s", self.address, error.message)
+            return None
+        link.on_lost = lambda error: self._call_loop(lambda: self._lose_link(error))
+        link.on_unavailable = lambda error: self._call_loop(lambda: self._drained(error))
+        link.start()
+        log.info("worker %s: over a local link", self.address)
+        return link
+
+    def _lose_link(self, error: ConsiliumError) -> None:
+        """The worker behind it is gone or hangs: no more frames until it has answered Describe again."""
+        self._lost = error.message
+        self._suspect.set()
+
+    def _drained(self, error: ConsiliumError) -> None:
+        """It leaves: what it has taken will be answered, nothing new is sent."""
+        if self.description is not None:
+            self.description, self.detail = None, error.message
+            self._on_change()
 
     async def _write(self, stream: _Stream) -> None:
         while True:
@@ -192,10 +234,8 @@ class WorkerConnection:
             return
         error = from_call_error(response.error)
         self._mailbox.settle(pending.completion, error)
-        if response.error.code == ExpertUnavailable.grpc_code and self.description is not None:
-            # It drains: what it has taken will be answered, nothing new is sent.
-            self.description, self.detail = None, error.message
-            self._on_change()
+        if response.error.code == ExpertUnavailable.grpc_code:
+            self._drained(error)
 
     def _give_up(self, call_id: int) -> None:
         """A call ran out of time. The worker may hang: no more frames until it has answered Describe again."""
@@ -205,6 +245,11 @@ class WorkerConnection:
 
     def _end_session(self) -> None:
         self.description = None
+        link, self._link = self._link, None
+        if link is not None:
+            error = ExpertUnavailable(self.detail)
+            link.on_lost = link.on_unavailable = lambda _: None
+            self._mailbox.post(lambda: link.lose(error))
         self._outgoing = asyncio.Queue()
         for pending in self._pending.values():
             self._mailbox.settle(pending.completion, ExpertUnavailable(self.detail))

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from consilium.kernels import arithmetic, attention, experts, gate, linear, norm
+from consilium.kernels import arithmetic, attention, experts, gate, linear, norm, routing
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32, LANES
 from consilium.kernels.int8_tile import NAMES, candidates
 
@@ -31,7 +31,12 @@ def compile_all() -> None:
     arithmetic.silu_and_multiply_all(at, at, 1, at)
     norm.rms_norm(at, 1, _SIZE, at, one, at)
     gate.softmax_top_k(at, 1, _SIZE, at, _SIZE, 1, 1, at, at, at)
+    numbers = np.zeros(2, np.int64)
+    routing.group(numbers, 1)
+    routing.select(numbers, numbers, numbers[:1], 1)
+    routing.weighted_sum(at, at, 1, 1, _SIZE, at)
     for form in (FLOAT32, BFLOAT16):
+        routing.scatter(form, at, 1, _SIZE, at, at)
         attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ def test_frames_cover_every_pair_once(tokens: int, experts: int, data: st.DataOb
     owner = data.draw(st.lists(st.integers(0, 2), min_size=len(batches.experts), max_size=len(batches.experts)))
     outputs = torch.full((len(batches.slots), 3), torch.nan)
     for worker in set(owner):
-        frame, pairs = build_frame(0, batches, [p for p, who in enumerate(owner) if who == worker])
+        frame, pairs = build_frame(0, batches, np.flatnonzero(np.array(owner) == worker))
         assert frame.rows.shape[0] == len(set(frame.indices.tolist()))  # each distinct row once
         # The "expert" adds its id to the row, so that a misplaced row shows.
         ids = torch.repeat_interleave(torch.tensor(frame.experts), torch.tensor(frame.offsets).diff())

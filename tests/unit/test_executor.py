@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +12,19 @@ from consilium.arithmetics import find_arithmetic
 from consilium.errors import DeadlineExceeded, Overloaded, StalePlacement, TooLarge, WireError
 from consilium.frames import Frame, decode_result, encode_call
 from consilium.quantization import quantize_rows
-from expert_service.executor import Answer, Executor
+from expert_service.call_queue import Job, Outcome
+from expert_service.executor import Executor
 from expert_service.frame_computer import FrameComputer
+from expert_service.metrics import ServiceMetrics
+from expert_service.servicer import ExpertServicer
 from expert_service.store import ExpertStore
+from expert_service.stream import Answer
 from protos.expert.v1 import expert_pb2
 from tests.unit.test_experts import HIDDEN, SIZE, expert, reference
 
 LAYER = 3
 MAX_FRAME = 2**16
+DESCRIPTION = expert_pb2.DescribeResponse(model="m", group="g", max_batch=4)
 
 
 def make_computer(max_batch: int = 4096, quantization: str = "none") -> FrameComputer:
@@ -43,8 +48,17 @@ def make_call(rows: int = 5, call_id: int = 1, deadline_ms: int = 0) -> expert_p
     return encode_call(make_frame(rows), call_id, deadline_ms)
 
 
-def no_check() -> None:
-    pass
+def make_job(call: expert_pb2.Call) -> Job:
+    return Job(call, len(call.indices.data) // 4, call.ByteSize(), call.ByteSize(), lambda _: None)
+
+
+def compute(computer: FrameComputer, *calls: expert_pb2.Call) -> list[expert_pb2.Result]:
+    """The results of calls that are computed together; raises the first error."""
+    outcomes = computer.compute([make_job(call) for call in calls])
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 7, 10, 4096])
@@ -57,9 +71,7 @@ def test_a_frame_is_the_same_in_batches_of_any_size(max_batch: int, quantization
         sent = Frame(frame.layer, rows, scales, frame.experts, frame.offsets, frame.indices)
     call = encode_call(sent, 1)
     found = [
-        decode_result(
-            make_computer(each, quantization).compute(call, time.monotonic(), no_check), 10, HIDDEN, torch.float32
-        )
+        decode_result(compute(make_computer(each, quantization), call)[0], 10, HIDDEN, torch.float32)
         for each in (max_batch, 4096)
     ]
     assert torch.equal(*found)
@@ -69,59 +81,67 @@ def test_a_frame_is_the_same_in_batches_of_any_size(max_batch: int, quantization
 
 def test_a_frame_without_rows() -> None:
     for frame in (make_frame(experts=()), make_frame(rows=0)):
-        result = make_computer().compute(encode_call(frame, 1), time.monotonic(), no_check)
+        (result,) = compute(make_computer(), encode_call(frame, 1))
         assert decode_result(result, 0, HIDDEN, torch.float32).shape == (0, HIDDEN)
 
 
 def test_experts_that_are_not_held() -> None:
     computer = make_computer()
     with pytest.raises(StalePlacement, match=r"experts 2, 3 of layer 3 .* holds 0, 1, 4"):
-        computer.compute(encode_call(make_frame(experts=(0, 2, 3)), 1), time.monotonic(), no_check)
+        compute(computer, encode_call(make_frame(experts=(0, 2, 3)), 1))
     call = make_call()
     call.layer = 7
     with pytest.raises(StalePlacement, match=r"layer 7 .* holds layers 3"):
-        computer.compute(call, time.monotonic(), no_check)
+        compute(computer, call)
     call = make_call()
     call.weight_version = "x"
     with pytest.raises(StalePlacement, match="weight version 'x'"):
-        computer.compute(call, time.monotonic(), no_check)
+        compute(computer, call)
 
 
 def test_a_call_or_a_result_over_the_largest_frame() -> None:
     computer = make_computer()
-    assert computer.result_bytes(make_call()) == 10 * HIDDEN * 4
+    call = make_call()
+    assert computer.sizes(call) == (10, call.ByteSize(), call.ByteSize() + 10 * HIDDEN * 4)
     with pytest.raises(TooLarge, match=r"the call takes \d+ bytes, more than .* 64KiB"):
-        computer.result_bytes(make_call(rows=300))
+        computer.sizes(make_call(rows=300))
     frame = make_frame(rows=1)
     many = Frame(LAYER, frame.rows, None, [0], [0, 1000], torch.zeros(1000, dtype=torch.int32))
     with pytest.raises(TooLarge, match="the result of 1000 rows takes 288000 bytes"):
-        computer.result_bytes(encode_call(many, 1))
+        computer.sizes(encode_call(many, 1))
 
 
 class Gate(FrameComputer):
     """Computes nothing until it is opened; counts what it was asked to compute."""
 
     def __init__(self) -> None:
+        self.max_batch = 4096
         self.opened, self.entered = threading.Event(), threading.Event()
         self.computed: list[int] = []
         self.failure: Exception | None = None
 
-    def result_bytes(self, call: expert_pb2.Call) -> int:  # noqa: ARG002 (the base's signature)
-        return 0
+    def sizes(self, call: expert_pb2.Call) -> tuple[int, int, int]:
+        return 1, call.ByteSize(), call.ByteSize()
 
-    def compute(
-        self,
-        call: expert_pb2.Call,
-        received: float,  # noqa: ARG002 (the base's signature)
-        check: Callable[[], None],
-    ) -> expert_pb2.Result:
+    def compute(self, jobs: Sequence[Job]) -> list[Outcome]:
         self.entered.set()
         assert self.opened.wait(30)
-        check()
+        return [self._outcome(job) for job in jobs]
+
+    def _outcome(self, job: Job) -> Outcome:
+        try:
+            job.check()
+        except Exception as error:
+            return error
         if self.failure is not None:
-            raise self.failure
-        self.computed.append(call.call_id)
-        return expert_pb2.Result(queue_us=call.call_id)
+            return self.failure
+        self.computed.append(job.call.call_id)
+        return expert_pb2.Result(queue_us=job.call.call_id)
+
+
+def submit(executor: Executor, call: expert_pb2.Call) -> Answer:
+    """As the servicer does it."""
+    return ExpertServicer(DESCRIPTION, executor, ServiceMetrics(DESCRIPTION, executor, ExpertStore([])), 1).submit(call)
 
 
 def run(body: Callable[[Executor, Gate], Awaitable[None]], max_queue: int = 4, max_bytes: int = 2**20) -> Gate:
@@ -150,7 +170,7 @@ async def outcome(answer: Answer) -> str:
 
 def test_calls_are_computed_in_order_off_the_event_loop() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        answers = [executor.submit(make_call(call_id=number)) for number in (1, 2, 3)]
+        answers = [submit(executor, make_call(call_id=number)) for number in (1, 2, 3)]
         await asyncio.to_thread(gate.entered.wait)  # the loop goes on while a call is computed
         assert not any(answer.done() for answer in answers)
         gate.opened.set()
@@ -161,12 +181,12 @@ def test_calls_are_computed_in_order_off_the_event_loop() -> None:
 
 def test_a_full_queue_refuses_and_recovers() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        answers = [executor.submit(make_call(call_id=number)) for number in range(4)]
+        answers = [submit(executor, make_call(call_id=number)) for number in range(4)]
         with pytest.raises(Overloaded, match=r"4 calls .* try again"):
-            executor.submit(make_call())
+            submit(executor, make_call())
         gate.opened.set()
         await asyncio.wait(answers)
-        assert await outcome(executor.submit(make_call(call_id=9))) == "9"
+        assert await outcome(submit(executor, make_call(call_id=9))) == "9"
 
     run(body)
 
@@ -174,19 +194,19 @@ def test_a_full_queue_refuses_and_recovers() -> None:
 def test_the_queue_is_bounded_in_bytes() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
         size = make_call(rows=100).ByteSize()
-        first = executor.submit(make_call(rows=100))
+        first = submit(executor, make_call(rows=100))
         with pytest.raises(Overloaded, match=f"1 calls of {size} bytes wait"):
-            executor.submit(make_call(rows=130))
+            submit(executor, make_call(rows=130))
         gate.opened.set()
         await asyncio.wait([first])
-        assert await outcome(executor.submit(make_call(rows=130))) == "1"
+        assert await outcome(submit(executor, make_call(rows=130))) == "1"
 
     run(body, max_bytes=50_000)
 
 
 def test_a_cancelled_call_is_not_computed() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        answers = [executor.submit(make_call(call_id=number)) for number in (1, 2, 3)]
+        answers = [submit(executor, make_call(call_id=number)) for number in (1, 2, 3)]
         await asyncio.to_thread(gate.entered.wait)
         answers[1].cancel()
         gate.opened.set()
@@ -197,8 +217,8 @@ def test_a_cancelled_call_is_not_computed() -> None:
 
 def test_a_call_past_its_deadline_is_not_computed() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        late = executor.submit(make_call(call_id=1, deadline_ms=1))
-        patient = executor.submit(make_call(call_id=2, deadline_ms=60_000))
+        late = submit(executor, make_call(call_id=1, deadline_ms=1))
+        patient = submit(executor, make_call(call_id=2, deadline_ms=60_000))
         await asyncio.sleep(0.01)  # the deadline itself is what passes here
         gate.opened.set()
         assert await outcome(late) == "DeadlineExceeded"
@@ -213,26 +233,45 @@ def test_a_failed_call_fails_alone(failure: Exception) -> None:
     async def body(executor: Executor, gate: Gate) -> None:
         gate.failure = failure
         gate.opened.set()
-        assert await outcome(executor.submit(make_call(call_id=1))) == type(failure).__name__
+        assert await outcome(submit(executor, make_call(call_id=1))) == type(failure).__name__
         gate.failure = None
-        assert await outcome(executor.submit(make_call(call_id=2))) == "2"
+        assert await outcome(submit(executor, make_call(call_id=2))) == "2"
 
     run(body)
 
 
 def test_the_deadline_is_looked_at_between_batches() -> None:
-    async def body() -> None:
-        computer = make_computer(max_batch=1)
-        batches = 0
+    job, batches = make_job(make_call()), 0
 
-        def check() -> None:
+    class Late(Job):
+        def check(self) -> None:
             nonlocal batches
             batches += 1
-            if batches == 3:
+            if batches == 4:
                 raise DeadlineExceeded("late")
 
-        with pytest.raises(DeadlineExceeded):
-            computer.compute(make_call(), time.monotonic(), check)
-        assert batches == 3
+    late = Late(job.call, job.pairs, job.size, job.size, job.answer)
+    (outcome,) = make_computer(max_batch=1).compute([late])
+    assert isinstance(outcome, DeadlineExceeded)
+    assert batches == 4
 
-    asyncio.run(body())
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_calls_for_one_layer_are_computed_together(quantization: str) -> None:
+    """Each gets the rows that it gets alone, to the last bit in int8; a bad one among them fails alone."""
+    computer = make_computer(quantization=quantization)
+    frames = [make_frame(5, (0, 4)), make_frame(3, (1, 4)), make_frame(1, (4,)), make_frame(2, ())]
+    if quantization == "int8":
+        frames = [
+            replace(each, rows=rows, scales=scales) for each in frames for rows, scales in [quantize_rows(each.rows)]
+        ]
+    calls = [encode_call(frame, number) for number, frame in enumerate(frames)]
+    alone = [compute(computer, call)[0] for call in calls]
+    bad = make_call()
+    bad.rows.shape[0] = 6
+    *together, failed = computer.compute([make_job(each) for each in [*calls, bad]])
+    assert isinstance(failed, WireError)
+    for found, expected, frame in zip(together, alone, frames, strict=True):
+        assert isinstance(found, expert_pb2.Result)
+        a, b = (decode_result(each, frame.indices.numel(), HIDDEN, torch.float32) for each in (found, expected))
+        assert torch.equal(a, b) if quantization == "int8" else torch.allclose(a, b, atol=1e-6)

@@ -33,6 +33,7 @@ def frames(draw: st.DrawFn) -> Frame:
         experts=experts,
         offsets=list(accumulate(map(len, chosen), initial=0)),
         indices=torch.tensor(list(chain.from_iterable(chosen)), dtype=torch.int32),
+        prefill=draw(st.booleans()),
     )
 
 
@@ -40,15 +41,15 @@ def equal(one: Frame, other: Frame) -> bool:
     same_scales = one.scales is other.scales is None or (
         one.scales is not None and other.scales is not None and one.scales.equal(other.scales)
     )
-    plain = [(frame.layer, frame.experts, frame.offsets) for frame in (one, other)]
+    plain = [(frame.layer, frame.experts, frame.offsets, frame.prefill) for frame in (one, other)]
     return plain[0] == plain[1] and same_scales and one.rows.equal(other.rows) and one.indices.equal(other.indices)
 
 
 @given(frames(), st.integers(0, 2**64 - 1))
 def test_a_call_round_trips(frame: Frame, call_id: int) -> None:
-    sent = encode_call(frame, call_id, 250, expert_pb2.TRAFFIC_CLASS_DECODE).SerializeToString()
-    call = expert_pb2.Call.FromString(sent)
-    assert (call.call_id, call.deadline_ms, call.traffic_class) == (call_id, 250, expert_pb2.TRAFFIC_CLASS_DECODE)
+    call = expert_pb2.Call.FromString(encode_call(frame, call_id, 250).SerializeToString())
+    expected = expert_pb2.TRAFFIC_CLASS_PREFILL if frame.prefill else expert_pb2.TRAFFIC_CLASS_DECODE
+    assert (call.call_id, call.deadline_ms, call.traffic_class) == (call_id, 250, expected)
     assert equal(decode_call(call, HIDDEN, frame.rows.dtype), frame)
 
 

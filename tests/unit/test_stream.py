@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from consilium.errors import WireError
-from expert_service.executor import Answer
-from expert_service.stream import ForwardStream
+from expert_service.stream import Answer, ForwardStream
 from protos.expert.v1 import expert_pb2
 from protos.tensor.v1 import tensor_pb2
 

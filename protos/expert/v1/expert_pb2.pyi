@@ -100,6 +100,7 @@ class DescribeResponse(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
+    LOCAL_SOCKETS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Raised when a frame of the old version would be misread."""
     worker_id: _builtins.str
@@ -123,6 +124,12 @@ class DescribeResponse(_message.Message):
     weight_version: _builtins.str
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]: ...
+    @_builtins.property
+    def local_sockets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Unix sockets that callers on the same host may use instead of Forward (see LinkHello): paths, or names in the
+        abstract namespace, which begin with '@'. The first one that can be reached is as good as any.
+        """
+
     def __init__(
         self,
         *,
@@ -139,10 +146,11 @@ class DescribeResponse(_message.Message):
         layers: _abc.Iterable[Global___LayerExperts] | None = ...,
         device: _builtins.str = ...,
         weight_version: _builtins.str = ...,
+        local_sockets: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "group", b"group", "hidden_size", b"hidden_size", "layers", b"layers", "max_batch", b"max_batch", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_class", b"numerics_class", "protocol_version", b"protocol_version", "quantization", b"quantization", "row_dtype", b"row_dtype", "weight_version", b"weight_version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "group", b"group", "hidden_size", b"hidden_size", "layers", b"layers", "local_sockets", b"local_sockets", "max_batch", b"max_batch", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_class", b"numerics_class", "protocol_version", b"protocol_version", "quantization", b"quantization", "row_dtype", b"row_dtype", "weight_version", b"weight_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -165,6 +173,7 @@ class Call(_message.Message):
     WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     TRAFFIC_CLASS_FIELD_NUMBER: _builtins.int
+    RESULT_OFFSET_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     layer: _builtins.int
     deadline_ms: _builtins.int
@@ -173,6 +182,9 @@ class Call(_message.Message):
     """Empty means whatever the worker has."""
     tenant: _builtins.str
     traffic_class: Global___TrafficClass.ValueType
+    """Decode goes first in a worker's queue."""
+    result_offset: _builtins.int
+    """On a link with shared memory: where in it the rows of the result go."""
     @_builtins.property
     def rows(self) -> _tensor_pb2.Tensor:
         """[U, D] the token rows: int8 with `scales`, or bfloat16 / float32."""
@@ -205,12 +217,15 @@ class Call(_message.Message):
         weight_version: _builtins.str = ...,
         tenant: _builtins.str = ...,
         traffic_class: Global___TrafficClass.ValueType = ...,
+        result_offset: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "rows", b"rows", "scales", b"scales"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_result_offset", b"_result_offset", "indices", b"indices", "result_offset", b"result_offset", "rows", b"rows", "scales", b"scales"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "deadline_ms", b"deadline_ms", "experts", b"experts", "indices", b"indices", "layer", b"layer", "offsets", b"offsets", "rows", b"rows", "scales", b"scales", "tenant", b"tenant", "traffic_class", b"traffic_class", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result_offset", b"_result_offset", "call_id", b"call_id", "deadline_ms", b"deadline_ms", "experts", b"experts", "indices", b"indices", "layer", b"layer", "offsets", b"offsets", "result_offset", b"result_offset", "rows", b"rows", "scales", b"scales", "tenant", b"tenant", "traffic_class", b"traffic_class", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__result_offset: _TypeAlias = _typing.Literal["result_offset"]  # noqa: Y015
+    _WhichOneofArgType__result_offset: _TypeAlias = _typing.Literal["_result_offset", b"_result_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__result_offset) -> _WhichOneofReturnType__result_offset | None: ...
 
 Global___Call: _TypeAlias = Call  # noqa: Y015
 
@@ -347,6 +362,58 @@ class ForwardResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___ForwardResponse: _TypeAlias = ForwardResponse  # noqa: Y015
+
+@_typing.final
+class LinkHello(_message.Message):
+    """The first packet on a worker's local socket (SOCK_SEQPACKET). With it comes one descriptor: a memfd sealed against
+    shrinking, which the caller owns; large tensors travel in it, and which bytes are in use is the caller's to know.
+    After the answer every packet is a ForwardRequest one way and a ForwardResponse the other.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    protocol_version: _builtins.int
+    worker_id: _builtins.str
+    """From Describe: the socket may belong to another process by now."""
+    def __init__(
+        self,
+        *,
+        protocol_version: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkHello: _TypeAlias = LinkHello  # noqa: Y015
+
+@_typing.final
+class LinkWelcome(_message.Message):
+    """The worker's answer; `error` says why the link cannot be used, and is empty otherwise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    protocol_version: _builtins.int
+    error: _builtins.str
+    def __init__(
+        self,
+        *,
+        protocol_version: _builtins.int = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "protocol_version", b"protocol_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkWelcome: _TypeAlias = LinkWelcome  # noqa: Y015
 
 @_typing.final
 class ForwardOnceRequest(_message.Message):

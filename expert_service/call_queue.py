@@ -1,0 +1,110 @@
+"""Calls that wait to be computed: bounded, single tokens before prompts, calls for one layer together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from consilium.errors import DeadlineExceeded, Overloaded
+from consilium.shared_memory import SharedMemory
+from protos.expert.v1 import expert_pb2
+
+# So many times in a row may decode pass prompts that wait; then they have their turn.
+MOST_OVERTAKEN = 8
+
+Outcome = expert_pb2.Result | Exception
+
+
+class CancelledCallError(Exception):
+    """The caller gave the call up; nothing is answered."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One call that was taken. ``answer`` is called once, on the thread that computes, unless it was cancelled."""
+
+    call: expert_pb2.Call
+    pairs: int
+    received_bytes: int
+    size: int  # with those of its result
+    answer: Callable[[Outcome], object]
+    memory: SharedMemory | None = None  # where its large tensors lie, and its result goes
+    received: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+    def check(self) -> None:
+        """Raises when nobody wants the answer any more."""
+        if self.cancelled:
+            raise CancelledCallError
+        limit = self.call.deadline_ms
+        if limit and time.monotonic() > self.received + limit / 1e3:
+            raise DeadlineExceeded(f"not answered within its {limit} ms; this worker is overloaded")
+
+
+class CallQueue:
+    """May be used by any thread."""
+
+    def __init__(self, max_calls: int, max_bytes: int) -> None:
+        """``max_calls`` calls, and ``max_bytes`` of calls with their results, may be unfinished at a time."""
+        self._max_calls, self._max_bytes = max_calls, max_bytes
+        self.unfinished, self._bytes = 0, 0  # taken out, but not yet done, included
+        self._decode: deque[Job] = deque()
+        self._prefill: deque[Job] = deque()
+        self._overtaken = 0
+        self._lock = threading.Lock()
+        self._when_empty: Callable[[], object] | None = None
+
+    def __len__(self) -> int:
+        return len(self._decode) + len(self._prefill)
+
+    def add(self, job: Job) -> None:
+        """Raises Overloaded when the queue is full."""
+        with self._lock:
+            if self.unfinished >= self._max_calls or self._bytes + job.size > self._max_bytes:
+                raise Overloaded(
+                    f"{self.unfinished} calls of {self._bytes} bytes wait already; try again a little later"
+                )
+            self.unfinished += 1
+            self._bytes += job.size
+            prefill = job.call.traffic_class == expert_pb2.TRAFFIC_CLASS_PREFILL
+            (self._prefill if prefill else self._decode).append(job)
+
+    def take(self, most_pairs: int) -> list[Job]:
+        """The next job, and others of its kind for the same layer, up to ``most_pairs`` in all; none when empty."""
+        with self._lock:
+            passes = self._decode and not (self._prefill and self._overtaken >= MOST_OVERTAKEN)
+            self._overtaken = self._overtaken + 1 if passes and self._prefill else 0
+            waiting = self._decode if passes else self._prefill
+            if not waiting:
+                return []
+            taken = [waiting.popleft()]
+            pairs, kept = taken[0].pairs, deque[Job]()
+            while waiting and pairs < most_pairs:
+                job = waiting.popleft()
+                if job.call.layer == taken[0].call.layer and pairs + job.pairs <= most_pairs:
+                    taken.append(job)
+                    pairs += job.pairs
+                else:
+                    kept.append(job)
+            waiting.extendleft(reversed(kept))
+            return taken
+
+    def done(self, job: Job) -> None:
+        """A job that was taken is answered, or will not be."""
+        with self._lock:
+            self.unfinished -= 1
+            self._bytes -= job.size
+            notify = self._when_empty if not self.unfinished else None
+        if notify is not None:
+            notify()
+
+    def when_empty(self, notify: Callable[[], object]) -> None:
+        """Have ``notify`` called as soon as nothing is unfinished, perhaps at once, by whichever thread sees it."""
+        with self._lock:
+            self._when_empty = notify
+            empty = not self.unfinished
+        if empty:
+            notify()
