@@ -1,31 +1,32 @@
-"""A Hugging Face folder, read lazily by tensor name: safetensors only, sharded or single, in float or in int8.
+"""A model's tensors, read lazily by name and checked: from safetensors files or made by a shape, in float or in int8.
 
 Files are mapped into memory, so reading a tensor reads its own bytes and no others; that also holds for one expert
 out of a tensor that fuses all experts of a layer. Tensors are views of the mapped file: processes share its pages.
+A shape (consilium.shapes) makes a tensor when it is asked for.
 Letters: D hidden size, E experts, F expert FFN size, N output channels, K what is summed over.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from consilium.compressed_tensors import hash_key, scale_name
 from consilium.content_hash import HASH_BYTES
 from consilium.errors import CheckpointError
 from consilium.families import ExpertLayout
-from consilium.model_folder import read_json, read_model_folder
+from consilium.model_folder import ModelFolder, read_model_folder
 from consilium.quantization import MAX_SUMMED, Quantized
+from consilium.shapes.folder import ShapeFolder
+from consilium.shapes.tensors import RandomTensors
+from consilium.tensor_files import TensorFiles
+from consilium.tensor_source import TensorSlice, TensorSource
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOAT_KINDS = ("F32", "BF16", "F16", "F64")
 
 
@@ -48,13 +49,13 @@ class ExpertTensors(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of one model folder. Not to be shared between threads.
+    """The tensors of one model. Not to be shared between threads.
 
     Tensors may be views of the mapped file: copy what must outlive a change of the file on disk.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Read the folder's config and the names of its tensors. Raises CheckpointError that names the file."""
+    def __init__(self, folder: Path | ShapeFolder) -> None:
+        """Read the model's config and the names of its tensors. Raises CheckpointError that names the file."""
         model = read_model_folder(folder)
         self.folder = folder
         self.raw = model.raw
@@ -62,15 +63,14 @@ class Checkpoint:
         self.names = model.family.names
         self.int8 = model.int8
         self.fingerprint = model.fingerprint
-        self._open_files: dict[str, Any] = {}
-        self._file_of = self._read_index()
+        self._source = _source(folder, model)
 
     def __contains__(self, name: str) -> bool:
-        return self._spelling(name) in self._file_of
+        return self._spelling(name) in self._source
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape on disk. Raises CheckpointError when the tensor or its file is missing or damaged."""
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._find(name).get_shape())
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The whole tensor in its dtype on disk.
@@ -84,7 +84,7 @@ class Checkpoint:
 
         Raises CheckpointError when it is neither, or when the scales do not fit it.
         """
-        if not self.int8 or self._slice(name).get_dtype() in FLOAT_KINDS:
+        if not self.int8 or self._find(name).get_dtype() in FLOAT_KINDS:
             return self.tensor(name, shape)
         if shape[1] > MAX_SUMMED:
             raise CheckpointError(
@@ -117,8 +117,8 @@ class Checkpoint:
         layout = self._layout(layer, expert)
         if not self.int8 or layout.fused:
             return None
-        metadata = self._open(self._file_of[self._spelling(layout.down.format(layer=layer, expert=expert))]).metadata()
-        noted = (metadata or {}).get(hash_key(layer, expert), "")
+        metadata = self._source.metadata(self._spelling(layout.down.format(layer=layer, expert=expert)))
+        noted = metadata.get(hash_key(layer, expert), "")
         return bytes.fromhex(noted) if re.fullmatch(f"[0-9a-f]{{{2 * HASH_BYTES}}}", noted) else None
 
     def dense(self, layer: int) -> ExpertTensors:
@@ -143,8 +143,8 @@ class Checkpoint:
         tried = ", ".join(layout.down.format(layer=layer, expert=expert) for layout in self.names.experts)
         raise CheckpointError(f"{self.folder}: expert {expert} of layer {layer} is missing; looked for {tried}")
 
-    def _checked(self, name: str, shape: tuple[int, ...], kinds: Sequence[str] = FLOAT_KINDS) -> Any:
-        part = self._slice(name)
+    def _checked(self, name: str, shape: tuple[int, ...], kinds: Sequence[str] = FLOAT_KINDS) -> TensorSlice:
+        part = self._find(name)
         if tuple(part.get_shape()) != shape:
             raise CheckpointError(
                 f"{self._place(name)}: expected shape {list(shape)}, found {part.get_shape()}; does config.json belong "
@@ -166,59 +166,19 @@ class Checkpoint:
         )
 
     def _place(self, name: str) -> str:
-        return f"{self.folder / self._file_of[self._spelling(name)]}: tensor {name}"
+        return self._source.place(self._spelling(name))
 
-    def _slice(self, name: str) -> Any:
-        """A handle on the tensor that reads nothing yet."""
-        spelling = self._spelling(name)
-        file = self._file_of.get(spelling)
-        if file is None:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing; is the download complete?")
-        try:
-            return self._open(file).get_slice(spelling)
-        except SafetensorError:
-            raise CheckpointError(
-                f"{self.folder / file}: tensor {name} is missing although {INDEX_FILE} places it there"
-            ) from None
+    def _find(self, name: str) -> TensorSlice:
+        return self._source.find(self._spelling(name))
 
     def _spelling(self, name: str) -> str:
         """The name under which the tensor is stored: the family's own, or the other one some writers use."""
-        if name not in self._file_of and self.names.other_spelling is not None:
+        if name not in self._source and self.names.other_spelling is not None:
             return name.replace(*self.names.other_spelling)
         return name
 
-    def _open(self, file: str) -> Any:
-        """The mapped ``file``, opened at first use: a folder may lack the shards nobody here reads."""
-        if file not in self._open_files:
-            path = self.folder / file
-            try:
-                self._open_files[file] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing; is the download complete?") from None
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged or cut short ({error}); download it again") from None
-        return self._open_files[file]
 
-    def _read_index(self) -> Mapping[str, str]:
-        """The file that holds each tensor."""
-        if (self.folder / INDEX_FILE).is_file():
-            return _check_index(self.folder / INDEX_FILE, read_json(self.folder / INDEX_FILE).get("weight_map"))
-        if (self.folder / SINGLE_FILE).is_file():
-            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
-        pickles = sorted(file.name for pattern in PICKLE_PATTERNS for file in self.folder.glob(pattern))
-        if pickles:
-            raise CheckpointError(
-                f"{self.folder} holds its weights only as pickle ({pickles[0]}), which can run code when read and is "
-                f"refused; convert it to safetensors, or use the model's revision with {SINGLE_FILE}"
-            )
-        raise CheckpointError(f"{self.folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
-
-
-def _check_index(file: Path, weight_map: object) -> Mapping[str, str]:
-    """The index's mapping, once it is seen to name only safetensors files of its own folder."""
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{file}: weight_map must map tensor names to files")
-    for shard in set(map(str, weight_map.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: weight_map names {shard!r}, which is no .safetensors file of this folder")
-    return {name: str(shard) for name, shard in weight_map.items()}
+def _source(folder: Path | ShapeFolder, model: ModelFolder) -> TensorSource:
+    if isinstance(folder, ShapeFolder):
+        return RandomTensors(folder.recipe, model.config, model.family.names)
+    return TensorFiles(folder)

@@ -9,7 +9,6 @@ are float on disk (the `ignore` list) are read as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from consilium.errors import CheckpointError
@@ -66,7 +65,7 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
     return {**first(_WHOLE), "config_groups": {"group_0": group}, "ignore": ignore}
 
 
-def check_quantization_config(file: Path, stated: object) -> None:
+def check_quantization_config(file: str, stated: object) -> None:
     """Raise CheckpointError that names the key unless ``stated``, from config.json ``file``, is understood."""
     method = stated.get("quant_method", "unnamed") if isinstance(stated, Mapping) else stated
     if not isinstance(stated, Mapping) or method != METHOD:
@@ -98,7 +97,7 @@ def hash_key(layer: int, expert: int) -> str:
     return f"consilium.expert.{layer}.{expert}"
 
 
-def _mapping(file: Path, place: str, value: object) -> Mapping[str, Any]:
+def _mapping(file: str, place: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise CheckpointError(
             f"{file}: quantization_config.{place} must be an object, found {value!r}; supported: {SUPPORTED}"
@@ -106,7 +105,7 @@ def _mapping(file: Path, place: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def _check(file: Path, place: str, stated: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) -> None:
+def _check(file: str, place: str, stated: Mapping[str, Any], table: Mapping[str, tuple[object, ...]]) -> None:
     for key, allowed in table.items():
         value = stated.get(key)
         # By type too: in Python 1 equals True.

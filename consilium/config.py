@@ -157,7 +157,7 @@ class LogConfig(Section):
 class Config(Section):
     """A whole deployment; every key has a default."""
 
-    model: str = Field("default", min_length=1, description="a Hugging Face folder, or the name of a fetched model")
+    model: str = Field("default", min_length=1, description="a Hugging Face folder, a fetched model's name, or a shape")
     quantization: Quantization = Field("int8", description="arithmetic of the experts")
     dtype: RowDType = Field("float32", description="element type of everything that is not int8")
     gateway: GatewayConfig = GatewayConfig()

@@ -12,6 +12,7 @@ from consilium.compressed_tensors import check_quantization_config
 from consilium.errors import CheckpointError
 from consilium.families import Family, find_family, parse_config
 from consilium.model_config import ModelConfig
+from consilium.shapes.folder import ShapeFile, ShapeFolder
 
 # There while `consilium quantize` writes a folder, and after it was interrupted.
 UNFINISHED = "quantize.unfinished.json"
@@ -21,7 +22,7 @@ UNFINISHED = "quantize.unfinished.json"
 class ModelFolder:
     """config.json as written (``raw``) and as understood, and the family it belongs to."""
 
-    path: Path
+    path: Path | ShapeFolder
     raw: dict[str, Any]
     config: ModelConfig
     family: Family
@@ -29,7 +30,7 @@ class ModelFolder:
     fingerprint: str  # hex SHA-256 over the canonical form of config.json: equal for equal content, however written
 
 
-def read_model_folder(path: Path) -> ModelFolder:
+def read_model_folder(path: Path | ShapeFolder) -> ModelFolder:
     """Read config.json, and the end-of-sequence ids of generation_config.json where it states them.
 
     Raises CheckpointError that names the file and the key.
@@ -38,7 +39,7 @@ def read_model_folder(path: Path) -> ModelFolder:
     raw = read_json(path / "config.json")
     stated = raw.get("quantization_config")
     if stated:
-        check_quantization_config(path / "config.json", stated)
+        check_quantization_config(str(path / "config.json"), stated)
     config = parse_config(raw)
     if (path / "generation_config.json").is_file():
         eos = read_json(path / "generation_config.json").get("eos_token_id")
@@ -47,7 +48,7 @@ def read_model_folder(path: Path) -> ModelFolder:
     return ModelFolder(path, raw, config, find_family(raw), bool(stated), _fingerprint(raw))
 
 
-def refuse_unfinished(folder: Path) -> None:
+def refuse_unfinished(folder: Path | ShapeFolder) -> None:
     """Raise CheckpointError when `consilium quantize` has not finished writing ``folder``."""
     if (folder / UNFINISHED).is_file():
         raise CheckpointError(
@@ -56,7 +57,7 @@ def refuse_unfinished(folder: Path) -> None:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path | ShapeFile) -> dict[str, Any]:
     """The JSON object in ``file``. Raises CheckpointError that names the file."""
     try:
         content = json.loads(file.read_text("utf-8"))
@@ -76,7 +77,7 @@ def _fingerprint(raw: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _token_ids(file: Path, stated: object) -> tuple[int, ...]:
+def _token_ids(file: Path | ShapeFile, stated: object) -> tuple[int, ...]:
     ids = stated if isinstance(stated, list) else [stated]
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
         raise CheckpointError(f"{file}: eos_token_id must be a token id or a list of them, found {stated!r}")

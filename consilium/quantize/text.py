@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from consilium.errors import CheckpointError, ConfigError
+from consilium.shapes.folder import ShapeFolder
 from consilium.tokenizer_file import load_tokenizer
 
 # Fewer leave most channels of most experts unseen; more than the second hardly move a largest magnitude.
@@ -29,7 +30,7 @@ def read_text(file: Path) -> str:
         raise ConfigError(f"--text: {file} is not UTF-8 text (byte {error.start})") from None
 
 
-def encode_text(folder: Path, vocab_size: int, text: str, fewest: int, most: int) -> list[int]:
+def encode_text(folder: Path | ShapeFolder, vocab_size: int, text: str, fewest: int, most: int) -> list[int]:
     """The first ``most`` tokens of ``text`` in the words of the model in ``folder``.
 
     Raises ConfigError for a text of fewer than ``fewest`` tokens, CheckpointError for a tokenizer that is missing or

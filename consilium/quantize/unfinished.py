@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from consilium.checkpoint import INDEX_FILE
 from consilium.compressed_tensors import hash_key
 from consilium.errors import ConfigError
 from consilium.model_folder import UNFINISHED
 from consilium.quantize.layer_tensors import Shard
+from consilium.tensor_files import INDEX_FILE
 
 _HIDDEN = "quantize.hidden-{done}.safetensors"
 

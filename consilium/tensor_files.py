@@ -1,0 +1,90 @@
+"""The safetensors files of a model folder, sharded or single, mapped into memory at first use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from consilium.errors import CheckpointError
+from consilium.model_folder import read_json
+from consilium.tensor_source import TensorSlice
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class TensorFiles:
+    """The tensors of one folder by name. Not to be shared between threads.
+
+    Raises CheckpointError that names the file when there are none, or when the index is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open_files: dict[str, Any] = {}
+        self._file_of = self._read_index()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def find(self, name: str) -> TensorSlice:
+        """A handle on the tensor that reads nothing yet. Raises CheckpointError when it is missing or damaged."""
+        file = self._file_of.get(name)
+        if file is None:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing; is the download complete?")
+        try:
+            found: TensorSlice = self._open(file).get_slice(name)
+        except SafetensorError:
+            raise CheckpointError(
+                f"{self._folder / file}: tensor {name} is missing although {INDEX_FILE} places it there"
+            ) from None
+        return found
+
+    def metadata(self, name: str) -> Mapping[str, str]:
+        """The metadata of the file that holds the tensor."""
+        return self._open(self._file_of[name]).metadata() or {}
+
+    def place(self, name: str) -> str:
+        """The file and the tensor."""
+        return f"{self._folder / self._file_of[name]}: tensor {name}"
+
+    def _open(self, file: str) -> Any:
+        """The mapped ``file``, opened at first use: a folder may lack the shards nobody here reads."""
+        if file not in self._open_files:
+            path = self._folder / file
+            try:
+                self._open_files[file] = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise CheckpointError(f"{path} is missing; is the download complete?") from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged or cut short ({error}); download it again") from None
+        return self._open_files[file]
+
+    def _read_index(self) -> Mapping[str, str]:
+        """The file that holds each tensor."""
+        folder = self._folder
+        if (folder / INDEX_FILE).is_file():
+            return _check_index(folder / INDEX_FILE, read_json(folder / INDEX_FILE).get("weight_map"))
+        if (folder / SINGLE_FILE).is_file():
+            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        pickles = sorted(file.name for pattern in PICKLE_PATTERNS for file in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds its weights only as pickle ({pickles[0]}), which can run code when read and is "
+                f"refused; convert it to safetensors, or use the model's revision with {SINGLE_FILE}"
+            )
+        raise CheckpointError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+
+
+def _check_index(file: Path, weight_map: object) -> Mapping[str, str]:
+    """The index's mapping, once it is seen to name only safetensors files of its own folder."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{file}: weight_map must map tensor names to files")
+    for shard in set(map(str, weight_map.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{file}: weight_map names {shard!r}, which is no .safetensors file of this folder")
+    return {name: str(shard) for name, shard in weight_map.items()}
