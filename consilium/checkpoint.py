@@ -173,9 +173,8 @@ class Checkpoint:
 
     def _spelling(self, name: str) -> str:
         """The name under which the tensor is stored: the family's own, or the other one some writers use."""
-        if name not in self._source and self.names.other_spelling is not None:
-            return name.replace(*self.names.other_spelling)
-        return name
+        other = name if self.names.other_spelling is None else name.replace(*self.names.other_spelling)
+        return other if name not in self._source and other in self._source else name
 
 
 def _source(folder: Path | ShapeFolder, model: ModelFolder) -> TensorSource:
