@@ -70,10 +70,12 @@ class Arithmetic(Protocol):
         rows: Tensor,
         scales: Tensor | None,
         out: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> Tensor:
         """Output rows [P, D], P > 0; expert i computes rows[offsets[i]:offsets[i + 1]] of rows [P, D].
 
-        They are written into ``out`` [P, D] of the reply's dtype where it is given.
+        With ``indices`` int32 [P] rows are [U, D], and expert i computes those at indices[offsets[i]:offsets[i + 1]].
+        Outputs are written into ``out`` [P, D] of the reply's dtype where it is given.
         """
 
 

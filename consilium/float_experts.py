@@ -40,10 +40,11 @@ class FloatArithmetic:
         rows: Tensor,
         scales: Tensor | None,
         out: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> Tensor:
         if scales is not None:
             raise TypeError("only int8 rows come with scales")
-        return one_by_one(self._compute, experts, offsets, rows, out)
+        return one_by_one(self._compute, experts, offsets, rows if indices is None else rows[indices], out)
 
     def _compute(self, weights: ExpertWeights, x: Tensor) -> Tensor:
         gate = tiled_linear(x, _float(weights.gate)).float()  # [P, F]

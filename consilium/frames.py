@@ -81,10 +81,10 @@ def decode_call(
         raise WireError(f"offsets: must not fall, found {offsets[:16]}")
     if any(b - a > rows.shape[0] for a, b in pairwise(offsets)):
         raise WireError(f"offsets: an expert computes a row once, found {offsets[:16]} over {rows.shape[0]} rows")
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < rows.shape[0]:
-        raise WireError(
-            f"indices: must lie in 0..{rows.shape[0] - 1}, found {int(indices.min())}..{int(indices.max())}"
-        )
+    if indices.numel():
+        low, high = (int(each) for each in indices.aminmax())
+        if not 0 <= low <= high < rows.shape[0]:
+            raise WireError(f"indices: must lie in 0..{rows.shape[0] - 1}, found {low}..{high}")
     prefill = call.traffic_class == expert_pb2.TRAFFIC_CLASS_PREFILL
     return Frame(call.layer, rows, scales, experts, offsets, indices, prefill)
 

@@ -48,20 +48,22 @@ class Int8Arithmetic:
         rows: Tensor,
         scales: Tensor | None,
         out: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> Tensor:
         if scales is None:
             raise TypeError("int8 rows come with scales")
         x = Quantized(rows.contiguous(), scales.contiguous())
+        shape = offsets[-1], rows.shape[1]
         direct = out is not None and out.dtype is torch.float32
-        found = out if out is not None and direct else torch.empty(rows.shape)  # [P, D] float32
+        found = out if out is not None and direct else torch.empty(shape)  # [P, D] float32
         few: list[tuple[ExpertWeights, int, int]] = []
         for weights, (start, end) in zip(experts, pairwise(offsets), strict=True):
             if start < end and self._product.takes_many(end - start):
-                found[start:end] = self._compute_many(weights, Quantized(x.values[start:end], x.scales[start:end]))
+                found[start:end] = self._compute_many(weights, _chosen(x, indices, start, end))
             elif start < end:
                 few.append((weights, start, end))
         if few:
-            self._compute_few(few, x, found)
+            self._compute_few(few, x, indices, found)
         if out is None:
             return found.to(self.reply_dtype)
         return out if direct else out.copy_(found)
@@ -73,7 +75,9 @@ class Int8Arithmetic:
         hidden = silu_and_multiply(multiply(x, gate), multiply(x, up))  # [P, F]
         return multiply(self._product.quantize(hidden), down)
 
-    def _compute_few(self, parts: list[tuple[ExpertWeights, int, int]], x: Quantized, out: Tensor) -> None:
+    def _compute_few(
+        self, parts: list[tuple[ExpertWeights, int, int]], x: Quantized, indices: Tensor | None, out: Tensor
+    ) -> None:
         """The output rows ``start`` to ``end`` of each part, written into ``out`` [P, D]."""
         gate = _matrices(parts[0][0])[0]
         expert_size, hidden_size = gate.values.shape
@@ -83,15 +87,23 @@ class Int8Arithmetic:
         bounds = [len(parts) * part // count for part in range(count + 1)]
         slices: list[Callable[[], None]] = []
         for first, last in pairwise(bounds):
-            scratch = torch.empty(kernel.scratch_bytes(expert_size), dtype=torch.int8)
+            scratch = torch.empty(kernel.scratch_bytes(hidden_size, expert_size), dtype=torch.int8)
+            chosen = 0 if indices is None else indices.data_ptr()
+            rows = x.values.data_ptr(), x.scales.data_ptr(), chosen
             sizes = hidden_size, expert_size, scratch.data_ptr(), out.data_ptr()
-            addresses = table.ctypes.data, ranges.ctypes.data, first, last, x.values.data_ptr(), x.scales.data_ptr()
-            slices.append(partial(_run, scratch, self._product.kind, *addresses, *sizes))
+            addresses = table.ctypes.data, ranges.ctypes.data, first, last
+            slices.append(partial(_run, scratch, self._product.kind, *addresses, *rows, *sizes))
         parallel.run(slices)
 
 
 def _run(scratch: Tensor, *arguments: object) -> None:  # noqa: ARG001 (kept alive until the kernel is done)
     kernel.compute(*arguments)
+
+
+def _chosen(x: Quantized, indices: Tensor | None, start: int, end: int) -> Quantized:
+    if indices is None:
+        return Quantized(x.values[start:end], x.scales[start:end])
+    return Quantized(x.values[indices[start:end]], x.scales[indices[start:end]])
 
 
 def _quantized(matrix: Tensor | Quantized) -> Quantized:

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +36,7 @@ Place = Callable[[int], tuple[int, Tensor] | None]
 ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Received bytes are immutable and our tensors over them are never written to; torch warns once a process.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 def encode_tensor(tensor: Tensor, place: Place | None = None) -> tensor_pb2.Tensor:
@@ -48,12 +47,12 @@ def encode_tensor(tensor: Tensor, place: Place | None = None) -> tensor_pb2.Tens
     code = WIRE_DTYPES.get(tensor.dtype)
     if code is None:
         raise WireError(f"a {tensor.dtype} tensor does not travel; convert it to one of {list(WIRE_DTYPES)}")
-    pattern = tensor.contiguous().reshape(-1).view(torch.uint8)
-    found = None if place is None else place(pattern.numel())
+    found = None if place is None else place(tensor.nbytes)
     if found is None:
-        return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, data=pattern.numpy().tobytes())
+        data = _bits(tensor).numpy().tobytes()
+        return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, data=data)
     offset, target = found
-    target.copy_(pattern)
+    target.copy_(tensor.contiguous().reshape(-1).view(torch.uint8))
     return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, offset=offset)
 
 
@@ -85,7 +84,7 @@ def decode_tensor(
         raise WireError(f"{name}: {list(found)} {dtype} takes {size} bytes, found {len(data)}")
     if size == 0:
         return _empty(name, dtype, found)
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8)).view(dtype).view(found)
+    return torch.frombuffer(data, dtype=dtype).view(found)
 
 
 def nbytes(message: tensor_pb2.Tensor) -> int:
@@ -94,6 +93,11 @@ def nbytes(message: tensor_pb2.Tensor) -> int:
         return len(message.data)
     dtype = TORCH_DTYPES.get(message.dtype)
     return 0 if dtype is None else math.prod(message.shape) * dtype.itemsize
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As NumPy can take it, which knows no bfloat16."""
+    return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
 
 
 def _empty(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -91,9 +91,7 @@ class Executor:
                 self._read(None if not len(self.queue) else 0)
                 jobs = self.queue.take(self._computer.max_batch)
                 if jobs:
-                    started = time.monotonic()
                     self._run(jobs)
-                    self.busy_seconds += time.monotonic() - started
         for link in self._links.values():
             link.close()
 
@@ -110,14 +108,16 @@ class Executor:
                 link.close()
 
     def _run(self, jobs: list[Job]) -> None:
+        started = time.monotonic()
         try:
             outcomes = self._computer.compute(jobs)
         except Exception as error:  # a bug: these calls fail, the others go on
             outcomes = [error] * len(jobs)
+        self.busy_seconds += time.monotonic() - started
         for job, outcome in zip(jobs, outcomes, strict=True):
             if isinstance(outcome, Exception) and not isinstance(outcome, ConsiliumError | CancelledCallError):
                 logger.error("call for layer %d failed", job.call.layer, exc_info=outcome)
-            self.queue.done(job)
             if not job.cancelled:
                 job.answer(outcome)
             self.on_done(job, outcome)
+            self.queue.done(job)

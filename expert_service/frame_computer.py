@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
 
 INDEX_BYTES = torch.int32.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A job that is in order: what it asks for, and where its output rows [P, D] go."""
+
+    place: int  # among the jobs
+    frame: Frame
+    experts: list[ExpertWeights]
+    rows: Tensor
 
 
 class FrameComputer:
@@ -57,40 +68,35 @@ class FrameComputer:
         batch.
         """
         outcomes: list[Outcome | None] = [None] * len(jobs)
-        started, good = time.monotonic(), list[int]()
-        frames, rows = list[Frame](), list[Tensor]()
+        started, tasks = time.monotonic(), list[_Task]()
         for place, job in enumerate(jobs):
             try:
                 job.check()
-                frame = self._decode(job)
-                rows.append(self._room(job, frame))
-                frames.append(frame)
-                good.append(place)
-            except Exception as error:  # an outcome like others; what it was is logged with it
+                tasks.append(self._task(place, job))
+            except Exception as error:  # an outcome like others; the executor logs what is a bug
                 outcomes[place] = error
         try:
-            if len(good) == 1:
-                self._compute(frames[0], rows[0], jobs[good[0]])
-            elif good:
-                self._compute_together(frames, rows)
+            if len(tasks) == 1:
+                self._compute(tasks[0], jobs[tasks[0].place])
+            elif tasks:
+                self._compute_together(tasks)
         except Exception as error:
             return [outcome or error for outcome in outcomes]
         seconds = time.monotonic() - started
-        for place, found in zip(good, rows, strict=True):
-            job = jobs[place]
+        for task in tasks:
+            job = jobs[task.place]
             offset = job.call.result_offset if job.call.HasField("result_offset") else None
-            outcomes[place] = encode_result(found, started - job.received, seconds, offset)
+            outcomes[task.place] = encode_result(task.rows, started - job.received, seconds, offset)
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def _decode(self, job: Job) -> Frame:
+    def _task(self, place: int, job: Job) -> _Task:
         """Raises WireError, StalePlacement."""
         frame = decode_call(job.call, self._hidden_size, self._arithmetic.row_dtype, job.memory)
         if job.call.weight_version:
             raise StalePlacement(
                 f"this worker has no weight version {job.call.weight_version!r}; leave the field empty"
             )
-        self._store.find(frame.layer, frame.experts)
-        return frame
+        return _Task(place, frame, self._store.find(frame.layer, frame.experts), self._room(job, frame))
 
     def _room(self, job: Job, frame: Frame) -> Tensor:
         """Where the output rows [P, D] go: shared memory, where the caller made room there. Raises WireError."""
@@ -102,26 +108,23 @@ class FrameComputer:
         size = shape[0] * shape[1] * dtype.itemsize
         return job.memory.view(job.call.result_offset, size, "result_offset").view(dtype).view(shape)
 
-    def _compute(self, frame: Frame, rows: Tensor, job: Job) -> None:
-        experts = self._store.find(frame.layer, frame.experts)
-        for start in range(0, len(rows), self.max_batch):
+    def _compute(self, task: _Task, job: Job) -> None:
+        for start in range(0, len(task.rows), self.max_batch):
             job.check()
-            end = min(start + self.max_batch, len(rows))
-            self._compute_batch(frame, experts, rows[start:end], start)
+            end = min(start + self.max_batch, len(task.rows))
+            self._compute_batch(task.frame, task.experts, task.rows[start:end], start)
 
-    def _compute_together(self, frames: list[Frame], rows: list[Tensor]) -> None:
+    def _compute_together(self, tasks: list[_Task]) -> None:
         """Frames that fit into one batch: the experts that several of them ask for are read once."""
-        merged, places = merge(frames)
+        merged, places = merge([task.frame for task in tasks])
         found = torch.empty(merged.indices.numel(), self._hidden_size, dtype=self._arithmetic.reply_dtype)
-        self._compute_batch(merged, self._store.find(merged.layer, merged.experts), found, 0)
-        for target, own in zip(rows, places, strict=True):
-            torch.index_select(found, 0, own, out=target)
+        if len(found):
+            self._compute_batch(merged, self._store.find(merged.layer, merged.experts), found, 0)
+        for task, own in zip(tasks, places, strict=True):
+            torch.index_select(found, 0, own, out=task.rows)
 
     def _compute_batch(self, frame: Frame, experts: list[ExpertWeights], out: Tensor, start: int) -> None:
         """The output rows of the pairs from ``start`` on, into ``out``."""
         end = start + len(out)
         offsets = [min(max(offset, start), end) - start for offset in frame.offsets]
-        indices = frame.indices[start:end]
-        rows = frame.rows.index_select(0, indices)
-        scales = None if frame.scales is None else frame.scales.index_select(0, indices)
-        self._arithmetic.compute(experts, offsets, rows, scales, out)
+        self._arithmetic.compute(experts, offsets, frame.rows, frame.scales, out, frame.indices[start:end])

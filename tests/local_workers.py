@@ -50,8 +50,7 @@ class Int8Rows:
     def __call__(self, frame: Frame) -> Tensor:
         assert frame.scales is not None
         experts = [self._experts[frame.layer, expert] for expert in frame.experts]
-        rows, scales = frame.rows[frame.indices.long()], frame.scales[frame.indices.long()]
-        return self._arithmetic.compute(experts, frame.offsets, rows, scales)
+        return self._arithmetic.compute(experts, frame.offsets, frame.rows, frame.scales, indices=frame.indices)
 
 
 @dataclass

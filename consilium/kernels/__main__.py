@@ -24,7 +24,7 @@ def compile_all() -> None:
     one = np.float32(1)
     for kind in candidates():
         linear.multiply(kind, at, at, 1, at, at, _SIZE, _SIZE, at, _SIZE)
-        experts.compute(kind, at, at, 0, 0, at, at, _SIZE, _SIZE, at, at)
+        experts.compute(kind, at, at, 0, 0, at, at, at, _SIZE, _SIZE, at, at)
     linear.quantize(at, 1, _SIZE, at, at)
     linear.rescale_rows(at, at, 1, at, _SIZE, at)
     arithmetic.exp_all(at, 1, at)

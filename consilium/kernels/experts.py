@@ -8,15 +8,27 @@ from __future__ import annotations
 from typing import Any
 
 from consilium.kernels.arithmetic import quantize_row, silu_and_multiply
-from consilium.kernels.compiler import bytes_, floats, kernel, longs
+from consilium.kernels.compiler import bytes_, floats, ints, kernel, longs
 from consilium.kernels.linear import BLOCK, multiply
 
 WEIGHTS = 6  # addresses an expert has: values and scales of gate, up and down
 
 
-def scratch_bytes(expert_size: int) -> int:
-    """Memory that ``compute`` needs for itself: gate and up as floats, the hidden rows as int8 with scales."""
-    return BLOCK * (4 * expert_size + 4 * expert_size + expert_size + 4)
+def scratch_bytes(hidden_size: int, expert_size: int) -> int:
+    """Memory that ``compute`` needs for itself: rows in a block's order, gate and up as floats, hidden rows as int8."""
+    return BLOCK * (hidden_size + 4 + 4 * expert_size + 4 * expert_size + expert_size + 4)
+
+
+@kernel
+def gather(rows: int, scales: int, indices: int, first: int, count: int, size: int, x: int, x_scales: int) -> None:
+    """``count`` int8 rows [D] with their scales, at ``x`` and ``x_scales``: those at indices[first] and after it."""
+    chosen, found = ints(indices, first + count), floats(x_scales, count)
+    for each in range(count):
+        row = chosen[first + each]
+        found[each] = floats(scales + 4 * row, 1)[0]
+        source, target = bytes_(rows + row * size, size), bytes_(x + each * size, size)
+        for i in range(size):
+            target[i] = source[i]
 
 
 @kernel
@@ -28,6 +40,7 @@ def compute(
     last: int,
     rows: int,
     scales: int,
+    indices: int,
     hidden_size: int,
     expert_size: int,
     scratch: int,
@@ -35,19 +48,24 @@ def compute(
 ) -> None:
     """Experts ``first`` to ``last`` of ``weights`` int64 [M, 6].
 
-    float32 [P, D] at ``out`` from int8 rows [P, D] and scales [P].
-    Expert i computes the rows from ranges[i, 0] to ranges[i, 1] (int64 [M, 2]).
+    float32 [P, D] at ``out`` from int8 rows [P, D] and scales [P], or, where ``indices`` int32 [P] is not 0, from those
+    of [U, D] and [U] that they point at. Expert i computes the rows from ranges[i, 0] to ranges[i, 1] (int64 [M, 2]).
     """
     table, bounds = longs(weights, last * WEIGHTS), longs(ranges, last * 2)
     gate = scratch
     up = gate + 4 * BLOCK * expert_size
     hidden_scales = up + 4 * BLOCK * expert_size
-    hidden = hidden_scales + 4 * BLOCK
+    own_scales = hidden_scales + 4 * BLOCK
+    hidden = own_scales + 4 * BLOCK
+    own_rows = hidden + BLOCK * expert_size
     for expert in range(first, last):
         own = table[expert * WEIGHTS : (expert + 1) * WEIGHTS]
         for start in range(bounds[2 * expert], bounds[2 * expert + 1], BLOCK):
             count = min(BLOCK, bounds[2 * expert + 1] - start)
             x, x_scales = rows + start * hidden_size, scales + 4 * start
+            if indices != 0:
+                x, x_scales = own_rows, own_scales
+                gather(rows, scales, indices, start, count, hidden_size, x, x_scales)
             multiply(kind, x, x_scales, count, own[0], own[1], expert_size, hidden_size, gate, expert_size)
             multiply(kind, x, x_scales, count, own[2], own[3], expert_size, hidden_size, up, expert_size)
             found = floats(hidden_scales, count)
