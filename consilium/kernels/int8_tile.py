@@ -92,9 +92,7 @@ class _Tile:
                 address = builder.add(place, _I64(4 * column))
                 builder.store(total, builder.inttoptr(address, _I32.as_pointer()), align=4)
 
-    def _loop(
-        self, x_rows: list[ir.Value], w_rows: list[ir.Value], whole: ir.Value, ahead: ir.Value
-    ) -> list[ir.Value]:
+    def _loop(self, x_rows: list[ir.Value], w_rows: list[ir.Value], whole: ir.Value, ahead: ir.Value) -> list[ir.Value]:
         builder, entry = self._builder, self._builder.block
         head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
         builder.branch(head)
