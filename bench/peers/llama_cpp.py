@@ -46,7 +46,7 @@ def measure(model: str, plan: Plan, folder: Path) -> Iterator[Figure]:
     common = ["-m", str(weights), "-t", str(plan.threads), "-ub", "512"]
     for repeat in range(plan.repeats):
         console.print(f"{NAME}, {model}: repeat {repeat + 1} of {plan.repeats}")
-        arguments = ["-p", str(plan.prompt), "-n", "0", "-r", "1", "-o", "json"]
+        arguments = ["-p", str(plan.prompt), "-n", "0", "-r", "1", "--no-warmup", "-o", "json"]
         [prefill] = json.loads(_output(programs / "llama-bench", *common, *arguments))
         yield Figure(NAME, model, "prefill", 1, [prefill["avg_ts"]])
         for line in _output(programs / "llama-batched-bench", *common, *_decode_arguments(plan)).splitlines():
@@ -59,7 +59,7 @@ def _decode_arguments(plan: Plan) -> list[str]:
     cells = max(plan.batches) * (plan.context + plan.tokens)
     batches = ",".join(map(str, plan.batches))
     sizes = ["-npp", str(plan.context), "-ntg", str(plan.tokens), "-npl", batches, "-c", str(cells)]
-    return [*sizes, "--output-format", "jsonl"]
+    return [*sizes, "-pps", "--output-format", "jsonl"]  # one prompt for all: it is not what is measured
 
 
 def _output(*command: str | Path) -> str:

@@ -90,7 +90,7 @@ class _Stream:
         self._ids = itertools.count(1)
 
     def ask(self, frame: Frame, version: str = "") -> tuple[float, float]:
-        """Seconds of the round trip and of the computing. Raises ConsiliumError, but not where ``version`` is refused."""
+        """Seconds of the round trip and of computing. Raises ConsiliumError, but not where ``version`` is refused."""
         call = encode_call(frame, next(self._ids), int(CALL_SECONDS * 1e3))
         call.weight_version = version
         request = expert_pb2.ForwardRequest(call=call)
