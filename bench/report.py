@@ -27,7 +27,7 @@ def write(name: str, machine: Mapping[str, Any], parameters: Mapping[str, Any], 
 
 
 def print_levels(levels: Sequence[Mapping[str, Any]]) -> None:
-    """One row per concurrency."""
+    """One row per concurrency; of an open loop per rate, with the most requests that were in flight."""
     caption = "tok/s: of the output/with the prompts; times in ms: p50/p95/p99"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
     for heading in ("at once", "requests", "tok/s", *_TIMES):
@@ -35,7 +35,7 @@ def print_levels(levels: Sequence[Mapping[str, Any]]) -> None:
     for level in levels:
         failed = sum(level["errors"].values())
         table.add_row(
-            str(level["concurrency"]),
+            str(level["concurrency"]) + (f" at {level['rate']:g}/s" if "rate" in level else ""),
             f"{level['requests']}" + (f", {failed} failed" if failed else ""),
             f"{level['output_tokens_per_second']:.1f}/{level['total_tokens_per_second']:.1f}",
             *(_milliseconds(level[key]) for key in _TIMES.values()),

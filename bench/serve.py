@@ -1,5 +1,7 @@
-"""The load benchmark: a closed loop of streamed requests at several concurrencies against an OpenAI-style server.
+"""The load benchmark: streamed requests against an OpenAI-style server.
 
+A closed loop at several concurrencies, or with --rate an open one: requests come at random (a Poisson process)
+whatever the server makes of those before, so that waiting shows.
 Lengths are exact (`ignore_eos`), prompts all differ, and every level is warmed up before it is measured.
 """
 
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
+import random
 import shlex
 import sys
 import time
@@ -25,6 +29,8 @@ from bench.local_stack import consilium_up
 from bench.machine import describe
 from bench.prompts import Workload, requests_of
 from bench.report import print_levels, write
+
+OPEN_SECONDS = 60  # how long an open level lasts by default
 
 console = Console(stderr=True)
 
@@ -55,12 +61,18 @@ async def run(url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         workload = Workload(options.endpoint == "chat", model, shortest, longest, options.output_tokens, options.seed)
         supply = await requests_of(client, workload)
         levels = []
-        for concurrency in options.concurrency:
+        for concurrency in () if options.rate else options.concurrency:
             count = options.requests or max(8, 4 * concurrency)
             with console.status(f"{count} requests, {concurrency} at once"):
                 await run_level(client, list(islice(supply, options.warmup)), concurrency)
                 level = await run_level(client, list(islice(supply, count)), concurrency)
             levels.append(summarize(level))
+        for rate in options.rate or ():
+            count = options.requests or max(8, round(OPEN_SECONDS * rate))
+            with console.status(f"{count} requests, {rate:g} in a second"):
+                await run_level(client, list(islice(supply, options.warmup)), max(1, options.warmup))
+                level = await run_open(client, list(islice(supply, count)), rate, random.Random(options.seed))
+            levels.append({**summarize(level), "rate": rate})
         return levels
 
 
@@ -77,6 +89,33 @@ async def run_level(client: httpx.AsyncClient, requests: Sequence[Request], conc
     return Level(concurrency, samples, time.perf_counter() - start, time.process_time() - cpu)
 
 
+async def run_open(
+    client: httpx.AsyncClient, requests: Sequence[Request], rate: float, random_: random.Random
+) -> Level:
+    """Send ``requests`` at random moments, ``rate`` of them in a second on average, and wait for all the answers.
+
+    The level's concurrency is the most that were in flight at once.
+    """
+    in_flight = most = 0
+    samples = list[Sample]()
+    start, cpu = time.perf_counter(), time.process_time()
+
+    async def send(request: Request) -> None:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        samples.append(await measure(client, request))
+        in_flight -= 1
+
+    due = start
+    async with asyncio.TaskGroup() as group:
+        for request in requests:
+            await asyncio.sleep(due - time.perf_counter())  # by the clock: a late request delays none after it
+            group.create_task(send(request))
+            due += random_.expovariate(rate)
+    return Level(most, samples, time.perf_counter() - start, time.process_time() - cpu)
+
+
 async def _first_model(client: httpx.AsyncClient) -> str:
     response = await client.get("/v1/models")
     response.raise_for_status()
@@ -86,7 +125,17 @@ async def _first_model(client: httpx.AsyncClient) -> str:
 def _parameters(options: argparse.Namespace) -> dict[str, Any]:
     """What was asked, as the result states it; never a key."""
     server = options.url or f"consilium up --model {options.start} {options.up}".strip()
-    chosen = ("model", "endpoint", "concurrency", "requests", "prompt_tokens", "output_tokens", "warmup", "seed")
+    chosen = (
+        "model",
+        "endpoint",
+        "concurrency",
+        "rate",
+        "requests",
+        "prompt_tokens",
+        "output_tokens",
+        "warmup",
+        "seed",
+    )
     return {"server": server, **{name: getattr(options, name) for name in chosen}}
 
 
@@ -96,6 +145,13 @@ def _range(text: str) -> tuple[int, int]:
     if lengths[0] > lengths[1]:
         raise argparse.ArgumentTypeError(f"{text} falls; write SHORTEST:LONGEST")
     return lengths
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a rate; write requests in a second, such as 0.5")
+    return rate
 
 
 def _positive(text: str) -> int:
@@ -113,7 +169,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="the model's name in requests; the server's first by default")
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
     parser.add_argument("--concurrency", type=_positive, nargs="+", default=[1, 8, 32], metavar="N")
-    parser.add_argument("--requests", type=_positive, help="per level; 4 × concurrency, at least 8, by default")
+    rate_help = "requests in a second instead, whatever is in flight (an open loop)"
+    parser.add_argument("--rate", type=_rate, nargs="+", metavar="R", help=rate_help)
+    parser.add_argument("--requests", type=_positive, help="per level; 4 × concurrency (60 s with --rate), at least 8")
     parser.add_argument("--prompt-tokens", type=_range, default=(32, 96), metavar="N[:M]", help="uniform; 32:96")
     parser.add_argument("--output-tokens", type=_positive, default=64, metavar="N")
     parser.add_argument("--warmup", type=int, default=4, metavar="N", help="requests before each level; 4")

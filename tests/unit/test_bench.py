@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Sequence
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 
 from bench.client import Request, Sample, measure
 from bench.figures import Level, summarize
+from bench.serve import run_open
 
 REQUEST = Request("/v1/completions", {}, output_tokens=2)
 TOKEN = b'data: {"choices":[{"text":"a"}]}\n\n'
@@ -80,3 +82,25 @@ def test_no_request_succeeded() -> None:
     figures = summarize(Level(1, [Sample(error="HTTP 503")], seconds=1.0, client_cpu_seconds=0.0))
     assert figures["time_to_first_token"] is None
     assert figures["output_tokens_per_second"] == 0
+
+
+def test_an_open_loop_waits_for_no_answer() -> None:
+    """The server answers nothing until the last request has come: a closed loop would wait for ever."""
+
+    async def ask() -> Level:
+        all_here, seen = asyncio.Event(), 0
+
+        async def answer(_: httpx.Request) -> httpx.Response:
+            nonlocal seen
+            seen += 1
+            if seen == 20:
+                all_here.set()
+            await all_here.wait()
+            return httpx.Response(200, stream=Stream([TOKEN + TOKEN + USAGE + DONE]))
+
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server") as client:
+            return await asyncio.wait_for(run_open(client, [REQUEST] * 20, 1000.0, random.Random(0)), 60)
+
+    level = asyncio.run(ask())
+    assert (level.concurrency, len(level.samples)) == (20, 20)
+    assert all(sample.error is None for sample in level.samples)

@@ -1,0 +1,126 @@
+"""One routed layer as the engine has it, without the rest of a model: real workers, and the gateway's dispatcher.
+
+Letters: T tokens, D hidden size, E experts, F expert FFN size, K experts per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from consilium.checkpoint import Checkpoint
+from consilium.config import Config, ExpertGroupConfig
+from consilium.gate import Routing
+from consilium.wire import ROW_DTYPES, WIRE_DTYPES
+from gateway.arithmetic import Arithmetic, find_arithmetic
+from gateway.dispatcher import Dispatcher
+from gateway.expert_meter import ExpertMeter
+from gateway.mailbox import Mailbox
+from gateway.worker_connection import Expectations
+from gateway.worker_pool import View, WorkerPool
+from tests.random_checkpoint import save_random_mixtral
+from tests.stack import Process, running, split_experts, worker_argv
+
+LAYER = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """The sizes of one layer."""
+
+    hidden: int
+    expert_size: int
+    experts: int
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What the engine's thread has of a gateway that serves one layer."""
+
+    dispatcher: Dispatcher
+    mailbox: Mailbox
+    arithmetic: Arithmetic
+
+    def wait_for(self, checkpoint: Checkpoint, seconds: float) -> None:
+        """Return once every expert has a holder. Raises RuntimeError when that takes too long."""
+        while missing := self.dispatcher.placement.missing(checkpoint.config):
+            if not self.mailbox.receive(seconds):
+                raise RuntimeError(f"{len(missing)} experts have no worker after {seconds:g} s; see the workers' logs")
+
+
+@contextmanager
+def random_layer(shape: LayerShape) -> Iterator[Path]:
+    """A model folder with one layer of this shape; its experts hold the same numbers, each in memory of its own."""
+    with tempfile.TemporaryDirectory(prefix="layer-") as folder:
+        path = Path(folder) / "model"
+        save_random_mixtral(path, shape.experts, 1, shape.hidden, shape.expert_size)
+        yield path
+
+
+@contextmanager
+def expert_workers(model: Path, count: int, threads: int, dtype: str) -> Iterator[list[Process]]:
+    """``count`` int8 workers that share the experts out evenly."""
+    common = ["--model", str(model), "--dtype", dtype, "--threads", str(threads)]
+    with ExitStack() as cleanup:
+        yield [
+            cleanup.enter_context(running(worker_argv(held, *common)))
+            for held in split_experts(model, count, replicas=1)
+        ]
+
+
+@contextmanager
+def connected(model: Path, endpoints: Sequence[str], dtype: str) -> Iterator[Gateway]:
+    """A dispatcher over the workers at ``endpoints``, wired as the engine's process wires it."""
+    config = Config.model_validate(
+        {"model": str(model), "dtype": dtype, "experts": {"experts": {"endpoint": list(endpoints)}}}
+    )
+    checkpoint = Checkpoint(model)
+    dispatcher = Dispatcher(ROW_DTYPES[dtype], config.gateway.layer_timeout, ExpertMeter(checkpoint.config))
+
+    def handle(event: object) -> None:
+        assert isinstance(event, View)
+        dispatcher.placement, dispatcher.workers = event.placement, event.workers
+
+    gateway = Gateway(dispatcher, Mailbox(handle), find_arithmetic(config, checkpoint.config))
+    with _pool_running(config.experts, config.worker.max_frame, checkpoint, dtype, gateway.mailbox):
+        gateway.wait_for(checkpoint, 30.0)
+        yield gateway
+
+
+@contextmanager
+def _pool_running(
+    groups: dict[str, ExpertGroupConfig], max_frame: int, checkpoint: Checkpoint, dtype: str, mailbox: Mailbox
+) -> Iterator[None]:
+    """The I/O thread with the workers' connections; its end closes them."""
+    expectations = Expectations(
+        checkpoint.fingerprint, "int8", WIRE_DTYPES[ROW_DTYPES[dtype]], checkpoint.config.hidden_size
+    )
+    loop = asyncio.new_event_loop()
+
+    async def follow() -> None:
+        await WorkerPool(groups, max_frame, checkpoint.config, expectations, mailbox).run()
+
+    task = loop.create_task(follow())
+    thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])), name="io", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        loop.close()
+
+
+def random_routing(shape: LayerShape, tokens: int, random: np.random.Generator) -> Routing:
+    """K distinct experts for each of T tokens, ascending, all equally likely."""
+    ids = np.sort(np.argsort(random.random((tokens, shape.experts)), axis=1)[:, : shape.top_k], axis=1)  # [T, K]
+    return Routing(torch.from_numpy(ids), torch.full((tokens, shape.top_k), 1 / shape.top_k))
