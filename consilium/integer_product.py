@@ -26,7 +26,7 @@ from consilium.quantization import Quantized
 logger = logging.getLogger(__name__)
 
 # From so many rows on torch's product beats ours; python -m bench.kernels shows where they cross.
-MANY_ROWS = 32
+MANY_ROWS = 64
 
 # A kernel may take other paths for few rows, for odd sizes and for more than one vector.
 PROOF_ROWS = (1, 2, 3, 4, 7, 16, 33, 64)
