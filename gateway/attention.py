@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from consilium import parallel
 from consilium.checkpoint import Checkpoint
 from consilium.kernels import attention as kernel
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32
 from gateway.kv_cache import BLOCK, KVCache, blocks_for
 from gateway.linear import LinearMaker
+
+# For parallel, which counts bytes of weights: norms and rotations cost as much as so many products for each element,
+# and a thread makes so many products of attention while it reads a byte of weights.
+PREPARING, PRODUCTS_PER_BYTE = 32, 2
 
 
 @dataclass(slots=True)
@@ -100,6 +107,15 @@ class Attention:
         """[T, D] -> [T, D]; writes this step's keys and values into the caches."""
         qkv = self._qkv.forward(x).float().contiguous()  # [T, (H + 2 Hkv) d]
         out = torch.empty(len(x), self._heads * self._head_dim)
+        # Every query and key is turned and, with all keys seen, multiplied: about so many products.
+        work = len(x) * self._heads * self._head_dim * (PREPARING + 2 * batch.positions)
+        count = min(self._kv_heads, parallel.count_slices(work // PRODUCTS_PER_BYTE))
+        bounds = [self._kv_heads * part // count for part in range(count + 1)]
+        parallel.run([partial(self._attend, qkv, batch, out, first, last) for first, last in pairwise(bounds)])
+        return self._out.forward(out.to(x.dtype))
+
+    def _attend(self, qkv: Tensor, batch: Batch, out: Tensor, first_head: int, last_head: int) -> None:
+        """The rows' outputs of some of the key-value heads."""
         scratch = torch.empty(max(kernel.BLOCK, self._heads // self._kv_heads), batch.positions)
         kernel.attend(
             BFLOAT16 if batch.segments[0].cache.keys.dtype is torch.bfloat16 else FLOAT32,
@@ -118,5 +134,6 @@ class Attention:
             scratch.data_ptr(),
             4 * batch.positions,
             out.data_ptr(),
+            first_head,
+            last_head,
         )
-        return self._out.forward(out.to(x.dtype))

@@ -37,7 +37,7 @@ def compile_all() -> None:
     routing.weighted_sum(at, at, 1, 1, _SIZE, at)
     for form in (FLOAT32, BFLOAT16):
         routing.scatter(form, at, 1, _SIZE, at, at)
-        attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at)
+        attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, 0, 1)
 
 
 def main() -> int:

@@ -78,8 +78,12 @@ def attend(
     scratch: int,
     scratch_row: int,
     out: int,
+    first_head: int,
+    last_head: int,
 ) -> None:
     """Attention of every row of a step: float32 [T, H, d] at ``out`` from qkv [T, (H + 2 Hkv) d], which is changed.
+
+    Only of the key-value heads from ``first_head`` to ``last_head`` and of the query heads that share them.
 
     ``segments`` int64 [count, 9] has of each sequence: addresses of its keys and values, their bytes per layer (two)
     and per head (two), its first row in the step, how many it has, and the first one's position. ``norms`` is the
@@ -94,7 +98,7 @@ def attend(
     for segment in range(count):
         own = table[SEGMENT * segment : SEGMENT * (segment + 1)]
         first, rows, position = own[6], own[7], own[8]
-        for head in range(kv_heads):
+        for head in range(first_head, last_head):
             keys = own[0] + layer * own[2] + head * own[4]
             values = own[1] + layer * own[3] + head * own[5]
             for row in range(rows):

@@ -98,7 +98,9 @@ def attend(case: Case, chunks: list[int]) -> Tensor:
         table = np.array(Segment(cache, first, length, first).numbers(), np.int64)
         sizes = case.heads, case.kv_heads, case.size, weights.ctypes.data, EPSILON, cos.data_ptr(), sin.data_ptr()
         memory = scratch.data_ptr(), 4 * room * BLOCK, out.data_ptr()
-        attention.attend(form, qkv.data_ptr(), *sizes, table.ctypes.data, 1, 1, case.window, *memory)
+        everything = form, qkv.data_ptr(), *sizes, table.ctypes.data, 1, 1, case.window, *memory
+        for head in range(case.kv_heads):  # as threads share them out
+            attention.attend(*everything, head, head + 1)
         first += length
     assert first == case.positions
     return out
