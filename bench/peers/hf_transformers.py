@@ -30,7 +30,7 @@ def measure(model: str, plan: Plan, folder: Path) -> Iterator[Figure]:  # noqa: 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name, dtype in DTYPES.items():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(resolve_model(model)), dtype=dtype).eval()
         peer = f"transformers {transformers.__version__} {name}"
         vocabulary = loaded.config.vocab_size
         _decode(loaded, _prompt(vocabulary, 1, plan.context), WARMUP_TOKENS)

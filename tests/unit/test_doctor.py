@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from consilium.doctor.fit import find_misfits
-from consilium.doctor.verdict import Split, Timing, explain, layer_time
 from consilium.frames import PROTOCOL_VERSION
+from gateway.doctor.fit import find_misfits
+from gateway.doctor.verdict import Split, Timing, explain, layer_time
 from protos.expert.v1 import expert_pb2
 from protos.tensor.v1 import tensor_pb2
 
