@@ -116,7 +116,7 @@ def measure(model: Path, shape: LayerShape, workers: int, options: argparse.Name
     ]
     with (
         expert_workers(model, workers, options.threads, options.dtype) as processes,
-        connected(model, [each.address for each in processes], options.dtype) as gateway,
+        connected(model, [each.address for each in processes], options.dtype, not options.grpc) as gateway,
     ):
         single_layers(gateway, inputs, options.warmup)
         start, busy = time.perf_counter(), _cpu_seconds(processes)
@@ -196,6 +196,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the rows that come back"
     )
+    parser.add_argument("--grpc", action="store_true", help="over gRPC, as between hosts, and not over local links")
     parser.add_argument("--calls", type=int, default=100, metavar="N", help="measured layers; 100")
     parser.add_argument("--warmup", type=int, default=5, metavar="N")
     parser.add_argument("--in-flight", type=int, default=2, metavar="N", help="layers at once with --throughput; 2")

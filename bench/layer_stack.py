@@ -19,6 +19,7 @@ import torch
 from consilium.checkpoint import Checkpoint
 from consilium.config import Config, ExpertGroupConfig
 from consilium.gate import Routing
+from consilium.model_config import ModelConfig
 from consilium.wire import ROW_DTYPES, WIRE_DTYPES
 from gateway.arithmetic import Arithmetic, find_arithmetic
 from gateway.dispatcher import Dispatcher
@@ -78,7 +79,7 @@ def expert_workers(model: Path, count: int, threads: int, dtype: str) -> Iterato
 
 
 @contextmanager
-def connected(model: Path, endpoints: Sequence[str], dtype: str) -> Iterator[Gateway]:
+def connected(model: Path, endpoints: Sequence[str], dtype: str, local_links: bool) -> Iterator[Gateway]:
     """A dispatcher over the workers at ``endpoints``, wired as the engine's process wires it."""
     config = Config.model_validate(
         {"model": str(model), "dtype": dtype, "experts": {"experts": {"endpoint": list(endpoints)}}}
@@ -91,23 +92,32 @@ def connected(model: Path, endpoints: Sequence[str], dtype: str) -> Iterator[Gat
         dispatcher.placement, dispatcher.workers = event.placement, event.workers
 
     gateway = Gateway(dispatcher, Mailbox(handle), find_arithmetic(config, checkpoint.config))
-    with _pool_running(config.experts, config.worker.max_frame, checkpoint, dtype, gateway.mailbox):
+    expectations = Expectations(
+        checkpoint.fingerprint,
+        "int8",
+        WIRE_DTYPES[ROW_DTYPES[dtype]],
+        checkpoint.config.hidden_size,
+        local_links=local_links,
+    )
+    pool = (config.experts, config.worker.max_frame, checkpoint.config, expectations, gateway.mailbox)
+    with _pool_running(*pool):
         gateway.wait_for(checkpoint, 30.0)
         yield gateway
 
 
 @contextmanager
 def _pool_running(
-    groups: dict[str, ExpertGroupConfig], max_frame: int, checkpoint: Checkpoint, dtype: str, mailbox: Mailbox
+    groups: dict[str, ExpertGroupConfig],
+    max_frame: int,
+    model: ModelConfig,
+    expectations: Expectations,
+    mailbox: Mailbox,
 ) -> Iterator[None]:
     """The I/O thread with the workers' connections; its end closes them."""
-    expectations = Expectations(
-        checkpoint.fingerprint, "int8", WIRE_DTYPES[ROW_DTYPES[dtype]], checkpoint.config.hidden_size
-    )
     loop = asyncio.new_event_loop()
 
     async def follow() -> None:
-        await WorkerPool(groups, max_frame, checkpoint.config, expectations, mailbox).run()
+        await WorkerPool(groups, max_frame, model, expectations, mailbox).run()
 
     task = loop.create_task(follow())
     thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])), name="io", daemon=True)

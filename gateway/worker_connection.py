@@ -103,6 +103,11 @@ class WorkerConnection:
         """As the worker states it; empty while it is not described."""
         return "" if self.description is None else self.description.numerics_class
 
+    @property
+    def local_link(self) -> bool:
+        """Whether frames go there without gRPC."""
+        return self._link is not None and self._link.open
+
     # -- the engine's side ---------------------------------------------------------------------------------------
 
     def time_limit(self, pairs: int) -> float:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import get_args
 
 from consilium.cli import config as config_commands
-from consilium.cli import doctor as doctor_command
 from consilium.cli import model as model_commands
 from consilium.cli import quantize as quantize_command
 from consilium.cli import services
@@ -65,7 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     _add_model(commands)
     quantize_command.add_parser(commands)
-    doctor_command.add_parser(commands)
     _add_config(commands)
     version = commands.add_parser("version", help="print the versions of Consilium, Python and torch")
     version.set_defaults(command=version_command.show)

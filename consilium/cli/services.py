@@ -1,4 +1,4 @@
-"""`consilium gateway`, `expert` and `eval`: the services' own programs, found by name.
+"""`consilium gateway`, `expert`, `eval` and `doctor`: the services' own programs, found by name.
 
 The shared kernel imports no service, so they are run as `python -m` would run them.
 """
@@ -15,9 +15,10 @@ SERVICES = {
     "gateway": "run the gateway: HTTP, scheduling, attention, gating",
     "expert": "run one expert worker",
     "eval": "say what each quantization costs in accuracy, on a text",
+    "doctor": "measure the way to every worker and its experts, and say whether splitting pays",
 }
 # The program of each service; `consilium up` starts the same ones.
-MODULES = {"gateway": "gateway", "expert": "expert_service", "eval": "gateway.evaluate"}
+MODULES = {"gateway": "gateway", "expert": "expert_service", "eval": "gateway.evaluate", "doctor": "gateway.doctor"}
 
 
 def run(service: str, arguments: Sequence[str]) -> int:

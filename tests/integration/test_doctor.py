@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from consilium.cli import main
+from gateway.doctor.__main__ import main
 from tests.stack import Process
 
 
 def test_a_healthy_worker(int8_worker: Process, tiny_mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["doctor", "--endpoint", int8_worker.address, "--model", str(tiny_mixtral), "--calls", "5"]
+    command = ["--endpoint", int8_worker.address, "--model", str(tiny_mixtral), "--calls", "5"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == {}
@@ -22,12 +22,15 @@ def test_a_healthy_worker(int8_worker: Process, tiny_mixtral: Path, capsys: pyte
     assert worker["round_trip"] > 0
     assert 0 < worker["few"] < worker["many"] * 100
     assert found["verdict"][0] == "A token passes 3 layers with experts."
-    assert main(command) == 0
-    assert "One worker holds all the experts" in capsys.readouterr().out
+    assert worker["local_link"]
+    assert main([*command, "--grpc"]) == 0
+    out = capsys.readouterr().out
+    assert "gRPC" in out
+    assert "One worker holds all the experts" in out
 
 
 def test_without_a_model_it_says_what_is_missing(float_worker: Process, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--endpoint", float_worker.address, "--calls", "1"]) == 0
+    assert main(["--endpoint", float_worker.address, "--calls", "1"]) == 0
     assert "give --top-k" in capsys.readouterr().out
 
 
@@ -35,7 +38,7 @@ def test_workers_that_do_not_fit_each_other(
     int8_worker: Process, float_worker: Process, capsys: pytest.CaptureFixture[str]
 ) -> None:
     endpoints = ["--endpoint", int8_worker.address, "--endpoint", float_worker.address]
-    assert main(["doctor", *endpoints, "--calls", "1", "--top-k", "2", "--json"]) == 1
+    assert main([*endpoints, "--calls", "1", "--top-k", "2", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     odd = float_worker.address.removeprefix("grpc://")
     assert list(found["problems"]) == [odd]
@@ -49,7 +52,7 @@ def test_nobody_there_and_experts_on_no_worker(
     with socket.socket() as taken:  # bound and not listening: calls are refused
         taken.bind(("127.0.0.1", 0))
         nobody = f"grpc://127.0.0.1:{taken.getsockname()[1]}"
-        command = ["doctor", "--endpoint", nobody, "--endpoint", float_worker.address, "--calls", "1"]
+        command = ["--endpoint", nobody, "--endpoint", float_worker.address, "--calls", "1"]
         assert main([*command, "--model", str(tiny_mixtral)]) == 1
     out = capsys.readouterr().out
     assert f"{nobody}: cannot be reached" in out
@@ -57,7 +60,7 @@ def test_nobody_there_and_experts_on_no_worker(
 
 
 def test_what_it_cannot_begin_with(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == 1
+    assert main([]) == 1
     assert "--endpoint grpc://HOST:PORT" in capsys.readouterr().err
-    assert main(["doctor", "--endpoint", "http://x:1"]) == 1
+    assert main(["--endpoint", "http://x:1"]) == 1
     assert "is not an endpoint" in capsys.readouterr().err

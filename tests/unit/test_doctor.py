@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from consilium.doctor.fit import find_misfits
-from consilium.doctor.verdict import Split, Timing, explain, layer_time
 from consilium.frames import PROTOCOL_VERSION
+from gateway.doctor.fit import find_misfits
+from gateway.doctor.verdict import Split, Timing, explain, layer_time
 from protos.expert.v1 import expert_pb2
 from protos.tensor.v1 import tensor_pb2
 
@@ -43,6 +43,7 @@ def test_words_where_splitting_pays_and_memory_limits() -> None:
     assert "With 1 token in a step a layer waits 0.20 ms for the way and 1.00 ms for the experts: the way is 17 %" in (
         text.replace("17%", "17 %")
     )
+    assert "those on one machine share its memory and cores" in text
     assert "28 tokens a second is the most" in text
     assert "Splitting over 2 workers pays there: all the experts in one process would take 2.00 ms, 1.7 times" in text
     assert "Reading the weights limits (32 rows of an expert take 4.0 times as long as one)" in text

@@ -82,6 +82,8 @@ def explain(timings: Sequence[Timing], split: Split) -> list[str]:
             "second is the most that experts and way allow."
         )
         sentences.append(_pays(time, split.workers))
+    if split.workers > 1:
+        sentences.append("Workers were timed one at a time: those on one machine share its memory and cores.")
     return [*sentences, _limit(timings, layer_time(timings, split, BATCHES[0]))]
 
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from consilium.config import split_endpoint
-from consilium.doctor.fit import Description, find_misfits, held_experts
-from consilium.doctor.probe import describe, probe
-from consilium.doctor.verdict import Split, Timing, explain
 from consilium.errors import ConsiliumError
 from consilium.model_folder import ModelFolder
 from consilium.wire import TORCH_DTYPES
+from gateway.doctor.fit import Description, find_misfits, held_experts
+from gateway.doctor.probe import Probe, describe, probe
+from gateway.doctor.verdict import Split, Timing, explain
 
 SCALE_BYTES = 4
 
@@ -22,7 +22,7 @@ SCALE_BYTES = 4
 class Findings:
     """What is known at the end; ``problems`` is why it cannot be served from these workers."""
 
-    timings: dict[str, Timing] = field(default_factory=dict)  # by address
+    probes: dict[str, Probe] = field(default_factory=dict)  # by address
     experts: dict[str, int] = field(default_factory=dict)  # (layer, expert) pairs that each holds
     problems: dict[str, str] = field(default_factory=dict)  # by address or endpoint
     verdict: list[str] = field(default_factory=list)
@@ -30,7 +30,8 @@ class Findings:
     def to_json(self) -> dict[str, Any]:
         """Times in seconds."""
         workers = {
-            address: {"experts": self.experts[address], **asdict(each)} for address, each in self.timings.items()
+            address: {"experts": self.experts[address], "local_link": each.local_link, **asdict(each.timing)}
+            for address, each in self.probes.items()
         }
         return {"workers": workers, "problems": self.problems, "verdict": self.verdict}
 
@@ -40,6 +41,7 @@ def examine(
     model: ModelFolder | None,
     top_k: int | None,
     calls: int,
+    local_links: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> Findings:
     """Everything about the workers at ``endpoints``; ``say`` is told what is being done. Raises no ConsiliumError."""
@@ -56,12 +58,13 @@ def examine(
     for address, each in fitting.items():
         say(f"timing {address}")
         try:
-            findings.timings[address] = probe(address, each, calls)
+            findings.probes[address] = probe(address, each, calls, local_links)
             findings.experts[address] = len(held_experts(each))
         except ConsiliumError as error:
             findings.problems[address] = f"does not answer as it should: {error}"
-    if findings.timings:
-        findings.verdict = _verdict(list(findings.timings.values()), fitting, model.config.top_k if model else top_k)
+    if findings.probes:
+        timings = [each.timing for each in findings.probes.values()]
+        findings.verdict = _verdict(timings, fitting, model.config.top_k if model else top_k)
     if model is not None and (missing := _missing(fitting, model)):
         findings.problems["model"] = f"no worker that fits holds {missing} of its experts; start workers that do"
     return findings
