@@ -45,7 +45,10 @@ class SharedMemory:
         size = os.fstat(descriptor).st_size
         if seals & SEALS != SEALS or not 0 < size <= LARGEST:
             raise WireError(f"the memfd of {size} bytes must be sealed against shrinking, growing and other seals")
-        return cls(descriptor, size)
+        try:
+            return cls(descriptor, size)
+        except OSError as error:  # for reading only, or there is no address space left
+            raise WireError(f"the memfd of {size} bytes cannot be mapped: {error.strerror}") from None
 
     def view(self, offset: int, size: int, name: str) -> Tensor:
         """uint8 [size] at ``offset``. Raises WireError when that is not all inside."""
