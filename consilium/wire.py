@@ -29,6 +29,8 @@ WIRE_DTYPES = {
 }
 TORCH_DTYPES = {code: dtype for dtype, code in WIRE_DTYPES.items()}
 
+MOST_SIZES = 4  # in a shape; the product of as many as a message can hold would take hours
+
 # Where so many bytes go, in shared memory: their offset and a view of them; None when they go into the message.
 Place = Callable[[int], tuple[int, Tensor] | None]
 
@@ -73,7 +75,7 @@ def decode_tensor(
     found = tuple(message.shape)
     if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise WireError(f"{name}: expected shape [{wanted}], found {list(found)}")
+        raise WireError(f"{name}: expected shape [{wanted}], found {list(found[:16])}")
     size = math.prod(found) * dtype.itemsize
     if message.HasField("offset"):
         if memory is None:
@@ -92,7 +94,9 @@ def nbytes(message: tensor_pb2.Tensor) -> int:
     if not message.HasField("offset"):
         return len(message.data)
     dtype = TORCH_DTYPES.get(message.dtype)
-    return 0 if dtype is None else math.prod(message.shape) * dtype.itemsize
+    if dtype is None or len(message.shape) > MOST_SIZES:  # no tensor is like that: decoding refuses it
+        return 0
+    return math.prod(message.shape) * dtype.itemsize
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -149,9 +149,11 @@ class Dispatcher:
     ) -> None:
         """Put the rows that ``call`` brings into their ``slots`` [P] of ``outputs`` [T * K, D]."""
         reply = await call
-        rows = decode_result(reply.result, len(slots), outputs.shape[1], self._row_dtype, reply.memory)  # [P, D]
-        scatter(rows, slots, outputs)
-        reply.release()
+        try:
+            rows = decode_result(reply.result, len(slots), outputs.shape[1], self._row_dtype, reply.memory)  # [P, D]
+            scatter(rows, slots, outputs)
+        finally:
+            reply.release()
         self._of(worker).add(reply, len(slots))
 
     def _of(self, worker: Worker) -> _Work:

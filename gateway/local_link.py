@@ -21,6 +21,7 @@ from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
 from consilium.local_socket import INLINE, PACKET, new_socket, send_with_descriptor, socket_address
 from consilium.rpc import from_call_error
 from consilium.shared_memory import Regions, SharedMemory
+from consilium.wire import nbytes
 from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
 from protos.expert.v1 import expert_pb2
@@ -68,7 +69,7 @@ class LocalLink:
         except MemoryError:
             self._free(regions)
             return False
-        shared = sum(t.nbytes for t in (frame.rows, frame.indices) if t.nbytes > INLINE)
+        shared = sum(nbytes(each) for each in (call.rows, call.scales, call.indices) if each.HasField("offset"))
         packet = expert_pb2.ForwardRequest(call=call).SerializeToString()
         self._pending[call_id] = _Pending(completion, time.monotonic(), len(packet) + shared, result_bytes, regions)
         try:

@@ -58,6 +58,7 @@ def test_other_dtypes_do_not_travel(dtype: torch.dtype) -> None:
         ({"dtype": -1}, "unknown dtype -1"),
         ({"shape": []}, r"expected shape \[any, 3\], found \[\]"),
         ({"shape": [2]}, "expected shape"),
+        ({"shape": [1] * 10**6}, r"found \[1(, 1){15}\]$"),
         ({"shape": [2, 3, 1]}, "expected shape"),
         ({"shape": [3, 2]}, "expected shape"),
         ({"shape": [3, 3]}, "takes 36 bytes, found 24"),
