@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 16
 HELLO_SECONDS = 5.0
+PAUSE_SECONDS = 1.0
 SUFFIX = ".consilium"  # of socket files
 
 
@@ -40,12 +43,10 @@ class LocalListener:
         self._worker_id, self._adopt = worker_id, adopt
         self.names = [f"@consilium-{worker_id}"]
         if folder is not None:
-            _remove_dead_sockets(folder)
-            self.names.append(str(folder / f"{worker_id}{SUFFIX}"))
-        self._sockets: list[socket.socket] = []
+            self.names.append(str(folder.absolute() / f"{worker_id}{SUFFIX}"))
         self._greetings: set[asyncio.Task[None]] = set()
-        for name in self.names:
-            self._sockets.append(_listen(name))
+        with _alone_in(folder):
+            self._sockets = [_listen(name) for name in self.names]
         for listening in self._sockets:
             asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
@@ -59,12 +60,24 @@ class LocalListener:
                 Path(name).unlink(missing_ok=True)
 
     def _accept(self, listening: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
+        try:
             link, _ = listening.accept()
-            link.setblocking(False)
-            task = asyncio.ensure_future(self._greet(link))
-            self._greetings.add(task)
-            task.add_done_callback(self._greetings.discard)
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # too many files are open; it would be readable, and fail, again and again
+            logger.warning("no local links for %g s: %s", PAUSE_SECONDS, error.strerror)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listening)
+            loop.call_later(PAUSE_SECONDS, self._resume, listening)
+            return
+        link.setblocking(False)
+        task = asyncio.ensure_future(self._greet(link))
+        self._greetings.add(task)
+        task.add_done_callback(self._greetings.discard)
+
+    def _resume(self, listening: socket.socket) -> None:
+        if listening.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
 
     async def _greet(self, link: socket.socket) -> None:
         try:
@@ -115,17 +128,37 @@ def _listen(name: str) -> socket.socket:
         made.listen(BACKLOG)
     except OSError as error:
         made.close()
-        raise ConfigError(f"cannot listen on {name}: {error.strerror}; choose another --socket-folder") from None
+        why = error.strerror or error  # Python's own errors, of names that are too long, have no strerror
+        raise ConfigError(f"cannot listen on {name}: {why}; choose another worker.socket_folder") from None
     return made
 
 
-def _remove_dead_sockets(folder: Path) -> None:
-    """What workers that were killed have left there. Raises ConfigError when the folder cannot be read."""
+@contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """Clear the folder, and keep others from it: a socket that does not listen yet looks as dead as one of the killed.
+
+    Raises ConfigError when the folder cannot be used.
+    """
+    if folder is None:
+        yield
+        return
     try:
-        found = [each for each in folder.iterdir() if each.suffix == SUFFIX]
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigError(f"worker.socket_folder: {folder}: {error.strerror}; it must exist") from None
-    for file in found:
-        with new_socket() as probe:
-            if probe.connect_ex(str(file)) == errno.ECONNREFUSED:
+        raise ConfigError(
+            f"worker.socket_folder: {folder}: {error.strerror}; it must be a folder that exists"
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _remove_dead_sockets(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_dead_sockets(folder: Path) -> None:
+    """What workers that were killed have left there."""
+    for file in folder.glob(f"*{SUFFIX}"):
+        with new_socket() as probe, contextlib.suppress(OSError):  # another user's, or its name is too long
+            if file.is_socket() and probe.connect_ex(str(file)) == errno.ECONNREFUSED:
                 file.unlink(missing_ok=True)

@@ -91,10 +91,6 @@ class Worker:
         executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
         metrics = ServiceMetrics(description, executor, self.store)
         servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame)
-        listener = None
-        if config.local_links:
-            listener = LocalListener(description.worker_id, config.socket_folder, _adopter(executor, servicer))
-            description.local_sockets.extend(listener.names)
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(config.max_frame))
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
         status = health.aio.HealthServicer()
@@ -102,6 +98,10 @@ class Worker:
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = _listen(server, config.host, config.port)
         scraped = None if config.metrics_port is None else metrics.serve(config.host, config.metrics_port)
+        listener = None  # after all that may fail: nobody but it removes its file
+        if config.local_links:
+            listener = LocalListener(description.worker_id, config.socket_folder, _adopter(executor, servicer))
+            description.local_sockets.extend(listener.names)
         stopping = _catch_signals()
         await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
