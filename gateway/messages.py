@@ -166,6 +166,7 @@ class WorkerStatus:
     connected: bool
     detail: str = ""  # why it is not connected or not used
     experts: int = 0  # (layer, expert) pairs it holds
+    transport: Literal["", "grpc", "local"] = ""  # what frames go over, while it is connected
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)

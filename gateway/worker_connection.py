@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 
@@ -107,6 +107,13 @@ class WorkerConnection:
     def local_link(self) -> bool:
         """Whether frames go there without gRPC."""
         return self._link is not None and self._link.open
+
+    @property
+    def transport(self) -> Literal["", "grpc", "local"]:
+        """What frames go over now; empty while there are none."""
+        if self.description is None:
+            return ""
+        return "local" if self.local_link else "grpc"
 
     # -- the engine's side ---------------------------------------------------------------------------------------
 

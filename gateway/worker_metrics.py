@@ -69,13 +69,15 @@ class WorkerMetrics(Collector):
             yield counter
         connected = GaugeMetricFamily(_PREFIX + "connected", "1 while the worker is reached", labels=_LABELS)
         experts = GaugeMetricFamily(_PREFIX + "experts", "(layer, expert) pairs it holds", labels=_LABELS)
+        local = GaugeMetricFamily(_PREFIX + "local", "1 while frames go over a local link", labels=_LABELS)
         calls = HistogramMetricFamily(_PREFIX + "expert_call_rows", "Rows of one expert in one frame", labels=_LABELS)
         for labels, worker in self._labelled():
             connected.add_metric(labels, worker.status.connected)
             experts.add_metric(labels, worker.status.experts)
+            local.add_metric(labels, worker.status.transport == "local")
             buckets = list(zip(_BOUNDS, accumulate(worker.expert_calls), strict=True))
             calls.add_metric(labels, buckets, worker.counts["rows"])
-        yield from (connected, experts, calls)
+        yield from (connected, experts, local, calls)
 
     def _labelled(self) -> Iterator[tuple[tuple[str, str, str], _Worker]]:
         for (group, address), worker in self._workers.items():

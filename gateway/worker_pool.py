@@ -135,7 +135,9 @@ class WorkerPool:
             for expert in experts:
                 classes.setdefault(expert, set()).add(connection.numerics_class)
         statuses = [
-            WorkerStatus(each.group, address, address in usable, details[address], len(held.get(address, ())))
+            WorkerStatus(
+                each.group, address, address in usable, details[address], len(held.get(address, ())), each.transport
+            )
             for address, each in self._connections.items()
         ]
         identities = {

@@ -47,7 +47,7 @@ VOCAB_SIZE = 384
 CONTEXT = 512
 EOS = 1
 MODEL = "tiny"
-WORKER = WorkerStatus("experts", "127.0.0.1:50051", connected=True, experts=12)
+WORKER = WorkerStatus("experts", "127.0.0.1:50051", connected=True, experts=12, transport="grpc")
 
 Script = Callable[[Generate], list[int]]
 

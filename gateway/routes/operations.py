@@ -56,7 +56,13 @@ async def load(gateway: GatewayOf) -> Response:
     engine = gateway.engine
     stats, status = engine.stats, engine.status
     workers = [
-        {"group": each.group, "address": each.address, "connected": each.connected, "detail": each.detail}
+        {
+            "group": each.group,
+            "address": each.address,
+            "connected": each.connected,
+            "transport": each.transport,
+            "detail": each.detail,
+        }
         for each in (status.workers if status else ())
     ]
     return JSONResponse(

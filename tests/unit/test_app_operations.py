@@ -47,6 +47,7 @@ async def test_models_version_load(stack: FakeStack) -> None:
     load = (await stack.client.get("/load")).json()
     assert (load["open_sequences"], load["capacity"], load["kv_tokens_total"]) == (0, 64, 100_000)
     assert load["workers"][0]["connected"] is True
+    assert load["workers"][0]["transport"] == "grpc"
 
 
 async def test_health_and_readiness(stack: FakeStack) -> None:

@@ -86,7 +86,8 @@ def samples(metrics: WorkerMetrics) -> dict[tuple[str, ...], float]:
 
 def test_sums_by_worker() -> None:
     metrics = WorkerMetrics("m")
-    metrics.follow([WorkerStatus("g", "a:1", True, experts=8), WorkerStatus("g", "b:1", False, "connecting")])
+    near = WorkerStatus("g", "a:1", True, experts=8, transport="local")
+    metrics.follow([near, WorkerStatus("g", "b:1", False, "connecting")])
     assert samples(metrics)["frames_total", "b:1", ""] == 0  # a series begins at 0
     calls = [0] * (len(EXPERT_CALL_ROWS) + 1)
     calls[0], calls[2], calls[-1] = 3, 1, 2
@@ -99,6 +100,7 @@ def test_sums_by_worker() -> None:
     assert found["failures_total", "a:1", ""] == 1
     assert found["wire_seconds_total", "a:1", ""] == 1.0
     assert (found["connected", "a:1", ""], found["connected", "b:1", ""]) == (1, 0)
+    assert (found["local", "a:1", ""], found["local", "b:1", ""]) == (1, 0)
     assert (found["experts", "a:1", ""], found["experts", "b:1", ""]) == (8, 0)
     bounds = [found["expert_call_rows_bucket", "a:1", le] for le in ("1.0", "2.0", "4.0", "4096.0", "+Inf")]
     assert bounds == [6, 6, 8, 8, 12]
