@@ -608,9 +608,13 @@ def test_nobody_computes_for_a_gateway_that_is_gone() -> None:
 
 def test_a_gateway_that_does_not_read_is_given_up() -> None:
     caller = open_caller()
-    with pytest.raises(ConnectionError):  # a time-out is none: the worker goes on reading until its answers do not fit
+
+    def ask_for_ever() -> None:
         while True:
             caller.send(encode_call(make_frame(10, (0,)), 1))
+
+    with pytest.raises(ConnectionError):  # a time-out is none
+        ask_for_ever()
     caller.socket.close()
     assert caller.executor.close(SECONDS)
 
