@@ -116,8 +116,10 @@ class Executor:
             outcomes = [error] * len(jobs)
         self.busy_seconds += time.monotonic() - started
         for job, outcome in zip(jobs, outcomes, strict=True):
-            if isinstance(outcome, Exception) and not isinstance(outcome, ConsiliumError | CancelledCallError):
-                logger.error("call for layer %d failed", job.call.layer, exc_info=outcome)
+            if isinstance(outcome, Exception):
+                if not isinstance(outcome, ConsiliumError | CancelledCallError):
+                    logger.error("call for layer %d failed", job.call.layer, exc_info=outcome)
+                outcome.__traceback__ = None  # its frames hold shared memory, and one of them holds the error
             if not job.cancelled:
                 job.answer(outcome)
             self.on_done(job, outcome)

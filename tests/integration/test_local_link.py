@@ -143,11 +143,17 @@ def test_the_same_bits_over_links_over_grpc_and_over_both(
         found[name].assert_same(found["local"])
 
 
-def test_a_worker_killed_with_frames_in_flight_is_not_noticed(tiny_mixtral: Path) -> None:
+@pytest.mark.parametrize("transport", ["local", "grpc"])
+def test_a_worker_killed_with_frames_in_flight_is_not_noticed(
+    tiny_mixtral: Path, transport: str, file_options: Callable[..., list[str]]
+) -> None:
     """Stopped first, so that the frame is surely there; then killed, and started again."""
     with ExitStack() as cleanup:
-        served = cleanup.enter_context(stack(tiny_mixtral, workers=2, replicas=2, quantization="int8"))
-        assert transports(served.url) == ["local", "local"]
+        options = file_options(gateway=f"local_links: {str(transport == 'local').lower()}")
+        served = cleanup.enter_context(
+            stack(tiny_mixtral, workers=2, replicas=2, quantization="int8", gateway_args=options)
+        )
+        assert transports(served.url) == [transport] * 2
         expected = complete(served.url, PROMPT, 60)
         victim, found, frames = served.workers[0], Completion(), 0.0
         for event in events(served.url, body_of(PROMPT, 60, stream=True)):
@@ -162,7 +168,8 @@ def test_a_worker_killed_with_frames_in_flight_is_not_noticed(tiny_mixtral: Path
         assert frames >= 1, "no frame was in flight"
         port = victim.address.rpartition(":")[2]
         cleanup.enter_context(running([*victim.argv, "--port", port]))
-        await_metric(served.url, "worker_local", lambda value: value == 2)
+        await_metric(served.url, "worker_connected", lambda value: value == 2)
+        assert transports(served.url) == [transport] * 2
         complete(served.url, PROMPT, 60).assert_same(expected)
         assert metric(served.url, "worker_failures_total") == frames
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -494,6 +496,13 @@ def shape(name: str, *sizes: int) -> Callable[[expert_pb2.Call], None]:
     return change
 
 
+def set_experts(*experts: int) -> Callable[[expert_pb2.Call], None]:
+    def change(call: expert_pb2.Call) -> None:
+        call.experts[:] = experts
+
+    return change
+
+
 BAD_CALLS: dict[str, tuple[Callable[[expert_pb2.Call], object], str]] = {
     "rows outside": (offset("rows", SIZE), "DATA_LOSS: rows"),
     "rows over the end": (offset("rows", SIZE - 64), "DATA_LOSS: rows"),
@@ -590,6 +599,34 @@ def test_an_id_in_use_a_cancel_and_a_disconnect() -> None:
     assert gate.computed == [1, 2, 4]
     caller.socket.close()
     assert caller.executor.close(SECONDS)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda _: None, offset("rows", SIZE), set_experts(0, 2)], ids=["good", "lie", "stale"]
+)
+def test_the_memory_of_a_gateway_that_is_gone_is_unmapped(change: Callable[[expert_pb2.Call], object]) -> None:
+    """At once, and not when the collector comes: errors hold frames, and those what they computed with."""
+    ours, theirs = pair()
+    ours.settimeout(SECONDS)
+    memory, descriptor = SharedMemory.create(SIZE)
+    attached = SharedMemory.attach(descriptor)
+    os.close(descriptor)
+    unmapped = threading.Event()
+    weakref.finalize(attached, unmapped.set)
+    executor = Executor(make_computer(), 4, 2**24)
+    executor.add_link(WorkerLink(theirs, attached, executor.submit))
+    del attached, theirs
+    caller = Caller(ours, memory, executor)
+    call = placed(caller)
+    change(call)
+    gc.disable()
+    try:
+        caller.ask(call)
+        ours.close()
+        assert unmapped.wait(1.0)
+    finally:
+        gc.enable()
+        assert executor.close(SECONDS)
 
 
 def test_nobody_computes_for_a_gateway_that_is_gone() -> None:
