@@ -59,7 +59,7 @@ def server_options(max_frame: int = DEFAULT_MAX_FRAME) -> Options:
     It accepts pings as often as our clients send them (by default gRPC drops such clients), and never shares its
     port with another process (by default two servers on one port share the connections silently).
     """
-    pings = [("grpc.http2.min_recv_ping_interval_without_data_ms", PING_INTERVAL_MS // 2)]
+    pings = [("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS // 2)]
     return [*_message_sizes(max_frame), *_KEEPALIVE, *pings, ("grpc.so_reuseport", 0)]
 
 

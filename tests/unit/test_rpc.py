@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import grpc
 import pytest
+from grpc._cython import cygrpc
 
 from consilium import errors
 from consilium.errors import ConfigError, ConsiliumError, ExpertUnavailable
@@ -72,9 +75,16 @@ def test_message_sizes_are_bounded_and_above_the_largest_frame() -> None:
                 assert frame < chosen[name] < 2**31
 
 
+def test_grpc_knows_every_option() -> None:
+    """One that it does not know is ignored without a word; its names stand in its library."""
+    library = Path(cygrpc.__file__).read_bytes()
+    options = [*channel_options(), *server_options()]
+    assert [name for name, _ in options if name.encode() + b"\0" not in library] == []
+
+
 def test_a_server_takes_pings_as_often_as_clients_send_them() -> None:
     client, server = dict(channel_options()), dict(server_options())
-    assert server["grpc.http2.min_recv_ping_interval_without_data_ms"] < client["grpc.keepalive_time_ms"]
+    assert server["grpc.http2.min_ping_interval_without_data_ms"] < client["grpc.keepalive_time_ms"]
     assert client["grpc.keepalive_permit_without_calls"] == server["grpc.keepalive_permit_without_calls"] == 1
     assert client["grpc.use_local_subchannel_pool"] == 1
     assert server["grpc.so_reuseport"] == 0
