@@ -4,7 +4,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc._cython import cygrpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from consilium import errors
 from consilium.errors import ConfigError, ConsiliumError, ExpertUnavailable
