@@ -79,10 +79,13 @@ def expert_workers(model: Path, count: int, threads: int, dtype: str) -> Iterato
 
 
 @contextmanager
-def connected(model: Path, endpoints: Sequence[str], dtype: str, local_links: bool) -> Iterator[Gateway]:
+def connected(
+    model: Path, endpoints: Sequence[str], dtype: str, local_links: bool, quantization: str = "int8"
+) -> Iterator[Gateway]:
     """A dispatcher over the workers at ``endpoints``, wired as the engine's process wires it."""
+    groups = {"experts": {"endpoint": list(endpoints)}}
     config = Config.model_validate(
-        {"model": str(model), "dtype": dtype, "experts": {"experts": {"endpoint": list(endpoints)}}}
+        {"model": str(model), "dtype": dtype, "quantization": quantization, "experts": groups}
     )
     checkpoint = Checkpoint(model)
     dispatcher = Dispatcher(ROW_DTYPES[dtype], config.gateway.layer_timeout, ExpertMeter(checkpoint.config))
@@ -94,7 +97,7 @@ def connected(model: Path, endpoints: Sequence[str], dtype: str, local_links: bo
     gateway = Gateway(dispatcher, Mailbox(handle), find_arithmetic(config, checkpoint.config))
     expectations = Expectations(
         checkpoint.fingerprint,
-        "int8",
+        quantization,
         WIRE_DTYPES[ROW_DTYPES[dtype]],
         checkpoint.config.hidden_size,
         local_links=local_links,

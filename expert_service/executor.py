@@ -84,9 +84,6 @@ class Executor:
 
     def _work(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP's number is each thread's own
-        # Woken by a gateway on its own core it must not put that aside, which is about to wake other workers.
-        with contextlib.suppress(OSError):  # sandboxes may know no such policy
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         with torch.inference_mode():
             while len(self.queue) or not self._closing:
                 self._read(None if not len(self.queue) else 0)
