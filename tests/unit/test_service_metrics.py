@@ -85,6 +85,7 @@ def test_calls_that_are_given_up_fail_or_are_not_taken() -> None:
             servicer.submit(make_call())
         assert samples(metrics)["calls_in_flight"] == 2
         given_up.cancel()
+        await asyncio.sleep(0)  # the callback that tells the job
         gate.opened.set()
         await asyncio.wait([failing])
         await servicer.drain()
