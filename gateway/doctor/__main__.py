@@ -6,7 +6,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich import box
@@ -25,12 +26,11 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str]) -> int:
     """1 when a worker cannot be reached or does not fit, or when there is nothing to ask."""
-    logging.getLogger("gateway").setLevel(logging.CRITICAL)  # what goes wrong is among the findings
     try:
         options = parse_arguments(argv)
         config = load_config(options.config)
         endpoints, model = _endpoints(options, config), _model(options, config)
-        with Console(stderr=True).status("asking") as status:
+        with _gateway_silent(), Console(stderr=True).status("asking") as status:
             links = config.gateway.local_links and not options.grpc
             findings = examine(endpoints, model, options.top_k, options.calls, links, status.update)
     except ConsiliumError as error:
@@ -43,6 +43,18 @@ def main(argv: Sequence[str]) -> int:
     else:
         _print(findings)
     return 1 if findings.problems else 0
+
+
+@contextmanager
+def _gateway_silent() -> Iterator[None]:
+    """What goes wrong is among the findings, and not in the log beside them."""
+    log = logging.getLogger("gateway")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
