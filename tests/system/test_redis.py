@@ -101,7 +101,7 @@ def test_tls_and_the_three_commands_are_enough(server: Server, worker: Process, 
         gateway.wait_for(lambda: gateway.settled(gateway.misses("redis")))
         before = gateway.hits("redis")
         assert gateway.complete_all() == expected
-        gateway.wait_for(lambda: gateway.hits("redis") == before + ROWS)
+        gateway.wait_for(lambda: gateway.hits("redis") >= before + ROWS)  # told once a second: ``before`` may be old
         assert PASSWORD not in gateway.process.log()
     with server.administrator() as administrator:
         assert administrator.acl_log() == []  # nothing was tried that is not allowed
