@@ -18,7 +18,10 @@ _SIZE = LANES
 
 
 def compile_all() -> None:
-    """Call each kernel once with every type that it is called with; all memory is zeros, and each argument is room."""
+    """Call each kernel once with every type that it is called with; each address is room.
+
+    What says where something lies is zeros that nobody writes to.
+    """
     room = np.zeros(2**16, np.uint8)
     at = room.ctypes.data
     one = np.float32(1)
@@ -36,7 +39,7 @@ def compile_all() -> None:
     routing.select(numbers, numbers, numbers[:1], 1)
     routing.weighted_sum(at, at, 1, 1, _SIZE, at)
     for form in (FLOAT32, BFLOAT16):
-        routing.scatter(form, at, 1, _SIZE, at, at)
+        routing.scatter(form, at, 1, _SIZE, numbers.ctypes.data, at)
         attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, 0, 1)
 
 
