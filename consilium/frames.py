@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consilium.errors import WireError
 from consilium.shared_memory import SharedMemory
-from consilium.wire import WIRE_DTYPES, Place, decode_tensor, encode_tensor
+from consilium.wire import WIRE_DTYPES, Place, decode_tensor, encode_tensor, nbytes
 from protos.expert.v1 import expert_pb2
 from protos.tensor.v1 import tensor_pb2
 
@@ -51,6 +51,11 @@ def encode_call(
         deadline_ms=deadline_ms,
         traffic_class=expert_pb2.TRAFFIC_CLASS_PREFILL if frame.prefill else expert_pb2.TRAFFIC_CLASS_DECODE,
     )
+
+
+def shared_bytes(call: expert_pb2.Call) -> int:
+    """Bytes of the call's tensors that lie in shared memory, by the call's own account; nothing of it is checked."""
+    return sum(nbytes(each) for each in (call.rows, call.scales, call.indices) if each.HasField("offset"))
 
 
 def decode_call(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from consilium.errors import StalePlacement, TooLarge, WireError
 from consilium.experts import Arithmetic, ExpertWeights
-from consilium.frames import Frame, decode_call, encode_result
+from consilium.frames import Frame, decode_call, encode_result, shared_bytes
 from consilium.units import format_size
 from consilium.wire import nbytes
 from expert_service.call_queue import Job, Outcome
@@ -51,8 +51,7 @@ class FrameComputer:
         """
         pairs = nbytes(call.indices) // INDEX_BYTES
         size = pairs * self._hidden_size * self._arithmetic.reply_dtype.itemsize
-        shared = sum(nbytes(each) for each in (call.rows, call.scales, call.indices) if each.HasField("offset"))
-        received = call.ByteSize() + shared
+        received = call.ByteSize() + shared_bytes(call)
         for what, found in (("call", received), (f"result of {pairs} rows", size)):
             if found > self._max_frame:
                 raise TooLarge(

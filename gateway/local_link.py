@@ -17,11 +17,10 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from consilium.errors import ConsiliumError, ExpertUnavailable, WireError
-from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
+from consilium.frames import PROTOCOL_VERSION, Frame, encode_call, shared_bytes
 from consilium.local_socket import INLINE, PACKET, new_socket, send_with_descriptor, socket_address
 from consilium.rpc import from_call_error
 from consilium.shared_memory import Regions, SharedMemory
-from consilium.wire import nbytes
 from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
 from protos.expert.v1 import expert_pb2
@@ -69,9 +68,9 @@ class LocalLink:
         except MemoryError:
             self._free(regions)
             return False
-        shared = sum(nbytes(each) for each in (call.rows, call.scales, call.indices) if each.HasField("offset"))
         packet = expert_pb2.ForwardRequest(call=call).SerializeToString()
-        self._pending[call_id] = _Pending(completion, time.monotonic(), len(packet) + shared, result_bytes, regions)
+        sent = len(packet) + shared_bytes(call)
+        self._pending[call_id] = _Pending(completion, time.monotonic(), sent, result_bytes, regions)
         try:
             self._socket.send(packet)
         except OSError as error:  # gone, or it hangs and does not read
