@@ -106,7 +106,8 @@ class WorkerConnection:
     @property
     def local_link(self) -> bool:
         """Whether frames go there without gRPC."""
-        return self._link is not None and self._link.open
+        link = self._link
+        return link is not None and link.open
 
     @property
     def transport(self) -> Literal["", "grpc", "local"]:
@@ -133,7 +134,8 @@ class WorkerConnection:
         return completion
 
     def _expire(self, call_id: int) -> None:
-        if self._link is None or not self._link.give_up(call_id):
+        link = self._link  # once: the I/O thread may take it away at any time
+        if link is None or not link.give_up(call_id):
             self._call_loop(lambda: self._give_up(call_id))
 
     def _call_loop(self, function: Callable[[], None]) -> None:
