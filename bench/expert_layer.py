@@ -1,8 +1,9 @@
 """One routed layer over real workers: what a layer takes, how much of that is the experts' own, how workers scale.
 
-`python -m bench.expert_layer` has the time of single layers; `--throughput` the rows per second of 1, 2, 4 and 8
-workers that share the experts, with two layers in flight so that no worker waits for the gateway.
-A layer is all but the gate: quantize the rows, group, dispatch (encode, wire, compute, decode), combine.
+`python -m bench.expert_layer` (or `consilium bench layer`) has the time of single layers, with `--trace` by stage;
+`--throughput` the rows per second of 1, 2, 4 and 8 workers that share the experts, with two layers in flight so that
+no worker waits for the gateway. A layer is: gate, quantize the rows, group, dispatch (encode, wire, compute, decode),
+combine; its gate chooses among the experts of random rows.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from bench.report import write
 from consilium.gate import Routing
 from gateway.batches import combine, group_by_expert
 from gateway.mailbox import Completion
+from gateway.stage_clock import STAGES
 from tests.stack import Process
 
 TICKS = os.sysconf("SC_CLK_TCK")
+LAYER_STAGES = STAGES[STAGES.index("gate") : STAGES.index("combine") + 1]
 INPUTS = 16  # different batches of random rows, used in turn
 
 Input = tuple[Tensor, Routing]
@@ -47,30 +50,43 @@ Input = tuple[Tensor, Routing]
 
 async def layer(gateway: Gateway, x: Tensor, routing: Routing) -> Tensor:
     """[T, D] -> [T, D]. Raises the first error of a row."""
+    clock = gateway.dispatcher.clock
+    gateway.gate.route(x)  # what it takes; the routing is the input's, as even as in a trained model
+    clock.mark("gate")
     rows, scales = gateway.arithmetic.expert_rows(x)
-    outputs, failures = await gateway.dispatcher.dispatch(LAYER, group_by_expert(rows, scales, routing))
+    batches = group_by_expert(rows, scales, routing)
+    clock.mark("group")
+    outputs, failures = await gateway.dispatcher.dispatch(LAYER, batches)
     for error in failures.values():
         raise error
-    return combine(outputs, routing)
+    combined = combine(outputs, routing)
+    clock.mark("combine")
+    return combined
 
 
 def single_layers(gateway: Gateway, inputs: Sequence[Input], calls: int) -> dict[str, Any]:
-    """Layers one after the other: seconds of each, and of its slowest worker."""
+    """Layers one after the other: seconds of each, of its slowest worker, and of every stage."""
     whole, compute, sent, received = list[float](), list[float](), 0, 0
+    stages: dict[str, list[float]] = {stage: [] for stage in LAYER_STAGES}
     for call in range(calls):
         start = time.perf_counter()
+        gateway.dispatcher.clock.start()
         gateway.mailbox.drive(layer(gateway, *inputs[call % len(inputs)]))
         whole.append(time.perf_counter() - start)
         stats = gateway.dispatcher.take_stats()
         compute.append(max(each.compute_seconds for each in stats))
         sent += sum(each.bytes_sent for each in stats)
         received += sum(each.bytes_received for each in stats)
+        spent = gateway.dispatcher.clock.take()
+        for stage, seconds in stages.items():
+            seconds.append(spent[stage])
     return {
         "layer": distribution(whole),
         "experts": distribution(compute),
         "beyond": distribution([all_ - own for all_, own in zip(whole, compute, strict=True)]),
         "bytes_out": sent // calls,
         "bytes_back": received // calls,
+        "stages": {stage: distribution(seconds) for stage, seconds in stages.items()},
     }
 
 
@@ -153,6 +169,20 @@ def layer_table(figures: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def trace_table(figures: Sequence[dict[str, Any]]) -> Table:
+    """Where a layer's time goes, in the order in which it goes there; times are µs, p50/p95."""
+    table = Table(
+        box=box.SIMPLE_HEAD, caption="µs: p50/p95; queue and compute: the slowest worker's, as far as waited for"
+    )
+    table.add_column("stage")
+    for each in figures:
+        table.add_column(f"{each['workers']} workers", justify="right", no_wrap=True)
+    for stage in LAYER_STAGES:
+        times = [each["stages"][stage] for each in figures]
+        table.add_row(stage, *(f"{time_['p50'] * 1e6:.0f}/{time_['p95'] * 1e6:.0f}" for time_ in times))
+    return table
+
+
 def throughput_table(figures: Sequence[dict[str, Any]]) -> Table:
     """Linear is so many times the first line's rows per worker."""
     table = Table(box=box.SIMPLE_HEAD, caption="busy: mean share of the time in which a worker computed")
@@ -178,14 +208,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one = figures[0]["rows_per_second"] / figures[0]["workers"]
         figures = [{**each, "of_linear": each["rows_per_second"] / each["workers"] / one} for each in figures]
     Console(width=110).print((throughput_table if options.throughput else layer_table)(figures))
+    if options.trace:
+        Console(width=110).print(trace_table(figures))
     name = options.name or ("expert_throughput" if options.throughput else "expert_layer")
     console.print(f"written to {write(name, machine, vars(options), figures)}")
     return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.expert_layer", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--throughput", action="store_true", help="rows per second by number of workers")
+    parser.add_argument("--trace", action="store_true", help="show where the time of a layer goes")
     parser.add_argument("--tokens", type=int, default=64, metavar="T")
     parser.add_argument("--top-k", type=int, default=8, metavar="K")
     parser.add_argument("--hidden", type=int, default=2048, metavar="D")

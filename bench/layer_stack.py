@@ -25,6 +25,7 @@ from gateway.arithmetic import Arithmetic, find_arithmetic
 from gateway.dispatcher import Dispatcher
 from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Mailbox
+from gateway.moe_layer import MoELayer
 from gateway.worker_connection import Expectations
 from gateway.worker_pool import View, WorkerPool
 from tests.random_checkpoint import save_random_mixtral
@@ -50,6 +51,7 @@ class Gateway:
     dispatcher: Dispatcher
     mailbox: Mailbox
     arithmetic: Arithmetic
+    gate: MoELayer
 
     def wait_for(self, checkpoint: Checkpoint, seconds: float) -> None:
         """Return once every expert has a holder. Raises RuntimeError when that takes too long."""
@@ -94,7 +96,9 @@ def connected(
         assert isinstance(event, View)
         dispatcher.placement, dispatcher.workers = event.placement, event.workers
 
-    gateway = Gateway(dispatcher, Mailbox(handle), find_arithmetic(config, checkpoint.config))
+    arithmetic = find_arithmetic(config, checkpoint.config)
+    gate = MoELayer(checkpoint, LAYER, dispatcher, arithmetic, dispatcher.clock)
+    gateway = Gateway(dispatcher, Mailbox(handle), arithmetic, gate)
     expectations = Expectations(
         checkpoint.fingerprint,
         quantization,

@@ -25,6 +25,7 @@ from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion
 from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
 from gateway.placement import Placement, assign
+from gateway.stage_clock import StageClock
 from protos.expert.v1 import expert_pb2
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Dispatcher:
     """Knows the current placement, and who did how much work."""
 
     def __init__(self, row_dtype: torch.dtype, layer_timeout: float, meter: ExpertMeter) -> None:
+        self.clock = StageClock()
         self.placement = Placement()
         self.workers: Mapping[str, Worker] = {}
         self._row_dtype, self._layer_timeout = row_dtype, layer_timeout
@@ -88,6 +90,7 @@ class Dispatcher:
         failures: dict[int, Exception] = {}
         excluded: dict[str, ConsiliumError] = {}
         deadline = time.monotonic() + self._layer_timeout
+        waits = _Waits()
         wanted: list[int] | None = None if len(batches.experts) else []  # None is all
         while wanted is None or wanted:
             plan, orphans = self._plan(layer, batches, wanted, excluded)
@@ -101,10 +104,11 @@ class Dispatcher:
                 limit = min(deadline, time.monotonic() + worker.time_limit(len(pairs)))
                 calls.append((worker, positions, pairs, worker.send(frame, limit)))
                 self._of(worker).failovers += bool(excluded)
+            self.clock.mark("encode")
             wanted = []
             for worker, positions, pairs, call in calls:
                 try:
-                    await self._collect(worker, call, outputs, batches.slots[pairs])
+                    await self._collect(worker, call, outputs, batches.slots[pairs], waits)
                     self._of(worker).expert_calls.append(batches.counts[positions])
                 except ConsiliumError as error:
                     self._of(worker).failures += 1
@@ -116,6 +120,7 @@ class Dispatcher:
                     else:
                         for position in positions:
                             self._fail(batches, position, error, failures, outputs)
+        self.clock.waited(waits.seconds, waits.queue_us / 1e6, waits.compute_us / 1e6)
         return outputs, failures
 
     def take_stats(self) -> list[WorkerStats]:
@@ -145,16 +150,21 @@ class Dispatcher:
         return {address: np.array(positions) for address, positions in plan.items()}, orphans
 
     async def _collect(
-        self, worker: Worker, call: Completion[Reply], outputs: Tensor, slots: NDArray[np.int64]
+        self, worker: Worker, call: Completion[Reply], outputs: Tensor, slots: NDArray[np.int64], waits: _Waits
     ) -> None:
         """Put the rows that ``call`` brings into their ``slots`` [P] of ``outputs`` [T * K, D]."""
-        reply = await call
+        try:
+            reply = await call
+        finally:
+            waits.seconds += self.clock.mark("wire")
+        waits.add(reply.result)
         try:
             rows = decode_result(reply.result, len(slots), outputs.shape[1], self._row_dtype, reply.memory)  # [P, D]
             scatter(rows, slots, outputs)
         finally:
             reply.release()
         self._of(worker).add(reply, len(slots))
+        self.clock.mark("decode")
 
     def _of(self, worker: Worker) -> _Work:
         work = self._work.get(worker.address)
@@ -170,6 +180,19 @@ class Dispatcher:
         outputs[torch.from_numpy(batches.slots[pairs])] = 0
         for row in batches.tokens[pairs]:
             failures.setdefault(int(row), error)
+
+
+@dataclass(slots=True)
+class _Waits:
+    """How long one layer waited for its workers, and what the one that took longest says of it."""
+
+    seconds: float = 0.0
+    queue_us: int = 0
+    compute_us: int = 0
+
+    def add(self, result: expert_pb2.Result) -> None:
+        if result.queue_us + result.compute_us > self.queue_us + self.compute_us:
+            self.queue_us, self.compute_us = result.queue_us, result.compute_us
 
 
 @dataclass(slots=True)

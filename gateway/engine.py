@@ -55,10 +55,13 @@ class Engine:
     def step(self) -> Step:
         """Compute the next tokens of every scheduled sequence, and take out those that have ended."""
         started = time.monotonic()
+        clock = self.model.clock
+        clock.start()
         ended = self.scheduler.reap()  # aborted or refused before they ran
         work = self.scheduler.schedule()
         prompt_tokens = sum(each.length for each in work if not each.sequence.generated)
         outputs = self._run(work) if work else {}
+        clock.mark("sample")
         for sequence in ended + self.scheduler.reap():
             outputs[sequence.id] = replace(
                 outputs.get(sequence.id) or sequence.news(),
@@ -89,11 +92,13 @@ class Engine:
             prefix_evicted=store.prefixes.take_evicted(),
             prefix_tokens=store.kept_tokens,
             workers=self.dispatcher.take_stats(),
+            stages=self.model.clock.take(),
         )
 
     def _run(self, work: list[Work]) -> dict[int, Output]:
         """One pass of the model, and the news of each sequence by its id."""
         batch = self._batch(work)
+        self.model.clock.mark("schedule")
         self._current = batch
         self._segments = {each.sequence.id: segment for each, segment in zip(work, batch.segments, strict=True)}
         try:

@@ -70,7 +70,12 @@ class EngineProcess:
         store = KVStore(pool, prefix_cache=config.gateway.prefix_cache)
         self._cache = self._make_cache(dtype)
         self._engine = Engine(
-            Model(self._checkpoint, find_arithmetic(config, self._checkpoint.config), self._cache or self._dispatcher),
+            Model(
+                self._checkpoint,
+                find_arithmetic(config, self._checkpoint.config),
+                self._cache or self._dispatcher,
+                self._dispatcher.clock,
+            ),
             Scheduler(store, config.gateway.max_running, config.gateway.max_step_tokens),
             self._dispatcher,
             self._mailbox,
@@ -89,6 +94,7 @@ class EngineProcess:
                 pass
             if self._engine.has_work and not self._closed:
                 self._send(self._engine.step())
+                self._engine.model.clock.mark("report")
             for reporter in self._reporters():
                 report = reporter.take_report()
                 if report is not None and not self._closed:

@@ -146,6 +146,8 @@ class EngineStats:
     prefix_evicted: int = 0  # tokens that made room
     prefix_tokens: int = 0  # kept now, beside what running sequences use
     workers: list[WorkerStats] = field(default_factory=list)
+    # Seconds of the engine's thread in each stage of gateway.stage_clock since the last message.
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)

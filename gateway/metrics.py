@@ -13,6 +13,7 @@ from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable
 from gateway.cache_metrics import CacheMetrics
 from gateway.expert_load import ExpertLoadTable
 from gateway.messages import EngineStats, ExpertLoad, Report, Status
+from gateway.stage_clock import STAGES
 from gateway.worker_metrics import WorkerMetrics
 
 _PREFIX = "consilium_"
@@ -89,6 +90,8 @@ class Metrics:
         if computed:
             self.step_tokens.observe(computed)
             self.step_seconds.observe(stats.step_seconds)
+        for stage, seconds in stats.stages.items():
+            self._stages[stage].inc(max(0.0, seconds))
         self._workers.count(stats.workers)
 
     def status(self, status: Status) -> None:
@@ -137,6 +140,8 @@ class Metrics:
         # Others call it iteration_tokens_total, but promtool wants that ending for counters alone.
         self.step_tokens = self._histogram("iteration_tokens", "Tokens computed in one step", _STEP_TOKENS)
         self.step_seconds = self._histogram("iteration_seconds", "Duration of one step", _STEP)
+        stages = self._counter("engine_stage_seconds", "Time of the engine's thread by stage of a step", "stage")
+        self._stages = {stage: stages.labels(self._model, stage) for stage in STAGES}
 
     def _prefix_cache(self) -> None:
         queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache")

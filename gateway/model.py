@@ -19,6 +19,7 @@ from gateway.dispatcher import ExpertSource
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
 from gateway.norm import RMSNorm
+from gateway.stage_clock import StageClock
 
 
 class FeedForward(Protocol):
@@ -43,14 +44,17 @@ class DenseLayer:
 class Block:
     """Attention, then feed-forward, each on the normed residual stream."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, arithmetic: Arithmetic, experts: ExpertSource) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layer: int, arithmetic: Arithmetic, experts: ExpertSource, clock: StageClock
+    ) -> None:
         config, names, dtype = checkpoint.config, checkpoint.names, arithmetic.residual_dtype
         maker = LinearMaker(dtype, arithmetic.dense)
         self._input_norm = RMSNorm(checkpoint, names.input_norm.format(layer=layer), dtype)
         self._post_norm = RMSNorm(checkpoint, names.post_norm.format(layer=layer), dtype)
         self._attention = Attention(checkpoint, layer, maker)
+        self._clock = clock
         self._feed_forward: FeedForward = (
-            MoELayer(checkpoint, layer, experts, arithmetic)
+            MoELayer(checkpoint, layer, experts, arithmetic, clock)
             if config.moe_layers[layer]
             else DenseLayer(checkpoint, layer, maker)
         )
@@ -58,21 +62,26 @@ class Block:
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]."""
         x = x + self._attention.forward(self._input_norm.forward(x), batch)
-        return x + await self._feed_forward.forward(self._post_norm.forward(x), batch)
+        normed = self._post_norm.forward(x)
+        self._clock.mark("attention")
+        return x + await self._feed_forward.forward(normed, batch)
 
 
 class Model:
     """Embedding, blocks, final norm and head."""
 
-    def __init__(self, checkpoint: Checkpoint, arithmetic: Arithmetic, experts: ExpertSource) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, arithmetic: Arithmetic, experts: ExpertSource, clock: StageClock | None = None
+    ) -> None:
         config, names, dtype = checkpoint.config, checkpoint.names, arithmetic.residual_dtype
+        self.clock = clock or StageClock()
         shape = (config.vocab_size, config.hidden_size)
         self._embed = checkpoint.tensor(names.embed, shape).to(dtype)  # [V, D]
         head = self._embed if config.tie_embeddings else checkpoint.matrix(names.head, shape)
         self._head = LinearMaker(dtype, arithmetic.dense).make([head])
         self._norm = RMSNorm(checkpoint, names.final_norm, dtype)
         self._rope = Rope(config)
-        self._blocks = [Block(checkpoint, layer, arithmetic, experts) for layer in range(config.num_layers)]
+        self._blocks = [Block(checkpoint, layer, arithmetic, experts, self.clock) for layer in range(config.num_layers)]
 
     def batch(self, tokens: list[int], segments: list[Segment]) -> Batch:
         """The rows of one step; ``tokens`` are those of the segments, one after the other."""
@@ -87,8 +96,12 @@ class Model:
             x = await block.forward(x, batch)
             if not batch.live_rows():
                 break
-        return self._norm.forward(x)
+        hidden = self._norm.forward(x)
+        self.clock.mark("attention")
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, V] float32."""
-        return self._head.forward(hidden).float()
+        logits = self._head.forward(hidden).float()
+        self.clock.mark("head")
+        return logits

@@ -16,12 +16,15 @@ from gateway.arithmetic import Arithmetic
 from gateway.attention import Batch
 from gateway.batches import combine, group_by_expert, keep_tokens
 from gateway.dispatcher import ExpertSource
+from gateway.stage_clock import StageClock
 
 
 class MoELayer:
     """The gate of one layer, and the way to its experts."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, experts: ExpertSource, arithmetic: Arithmetic) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, layer: int, experts: ExpertSource, arithmetic: Arithmetic, clock: StageClock
+    ) -> None:
         config = checkpoint.config
         name = checkpoint.names.router.format(layer=layer)
         gate = checkpoint.tensor(name, (config.num_experts, config.hidden_size)).float()  # [E, D]
@@ -29,18 +32,22 @@ class MoELayer:
         self._gate = torch.zeros(config.hidden_size, -(-config.num_experts // LANES) * LANES)
         self._gate[:, : config.num_experts] = gate.T
         self._num_experts, self._top_k, self._normalize = config.num_experts, config.top_k, config.normalize_top_k
-        self._layer, self._experts, self._arithmetic = layer, experts, arithmetic
+        self._layer, self._experts, self._arithmetic, self._clock = layer, experts, arithmetic, clock
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]; rows whose experts could not be had are noted in the batch."""
         routing = self.route(x)
+        self._clock.mark("gate")
         rows, scales = self._arithmetic.expert_rows(x)
         batches = group_by_expert(rows, scales, routing, prefill=batch.prefill)
         if batch.failures:
             batches = keep_tokens(batches, batch.live_rows())
+        self._clock.mark("group")
         outputs, failures = await self._experts.dispatch(self._layer, batches)
         batch.failures.update(failures)
-        return combine(outputs, routing).to(x.dtype)
+        combined = combine(outputs, routing).to(x.dtype)
+        self._clock.mark("combine")
+        return combined
 
     def route(self, x: Tensor) -> Routing:
         """The experts of every row [T, D]."""

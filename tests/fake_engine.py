@@ -163,13 +163,25 @@ class FakeEngine:
             for output in outputs:
                 if output.finish_reason is not None:
                     del self._running[output.id]
-            prefixes = {"prefix_queries": 40, "prefix_hits": 30, "prefix_evicted": 20, "prefix_tokens": 10}
             worker = WorkerStats(WORKER.group, WORKER.address, frames=1, rows=len(outputs), bytes_sent=100)
             generated = sum(output.token is not None for output in outputs)
             self.send(
                 Step(
                     outputs,
-                    EngineStats(len(self._running), 0, 7, 100_000, 0.01, 0, generated, workers=[worker], **prefixes),
+                    EngineStats(
+                        running=len(self._running),
+                        waiting=0,
+                        kv_tokens_used=7,
+                        kv_tokens_total=100_000,
+                        step_seconds=0.01,
+                        generated_tokens=generated,
+                        prefix_queries=40,
+                        prefix_hits=30,
+                        prefix_evicted=20,
+                        prefix_tokens=10,
+                        workers=[worker],
+                        stages={"attention": 0.004, "compute": 0.006},
+                    ),
                 )
             )
             if not self._running:

@@ -126,6 +126,12 @@ OVERVIEW = [
                 "s",
             ),
             Panel(
+                "Where a step's time goes",
+                "Seconds a second of the engine's thread; wire, queue and compute are waits for workers.",
+                [Query(total("consilium_engine_stage_seconds_total", MODEL, "stage"), "{{stage}}")],
+                "s",
+            ),
+            Panel(
                 "Tokens in a step",
                 "Mean.",
                 [

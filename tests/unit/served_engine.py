@@ -71,7 +71,7 @@ class Served:
             blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * arithmetic.dtype.itemsize
         )
         scheduler = Scheduler(KVStore(KVPool(config, arithmetic.dtype, memory), prefix_cache=prefix_cache), 8, step)
-        model = Model(checkpoint, arithmetic, dispatcher)
+        model = Model(checkpoint, arithmetic, dispatcher, dispatcher.clock)
         self.engine = Engine(model, scheduler, dispatcher, self.mailbox, config.eos_token_ids)
         self.stories: dict[int, Story] = {}
         self.stats: list[EngineStats] = []

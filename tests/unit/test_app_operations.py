@@ -87,6 +87,8 @@ async def test_metrics_of_the_engine_and_its_workers(stack: FakeStack) -> None:
     assert found["prefix_cache_hits_total", ""] == 5 * 30
     assert found["prefix_cache_evicted_tokens_total", ""] == 5 * 20
     assert found["prefix_cache_tokens", ""] == 10
+    assert found["engine_stage_seconds_total", "compute"] == pytest.approx(5 * 0.006)
+    assert found["engine_stage_seconds_total", "sample"] == 0
     assert found["worker_frames_total", worker] == 5
     assert found["worker_rows_total", worker] == 5
     assert found["worker_sent_bytes_total", worker] == 500

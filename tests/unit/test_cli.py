@@ -108,3 +108,17 @@ def test_what_is_printed_can_be_pasted(needs_key: bool) -> None:
     assert json.loads(words[-1])["model"] == name
     compile(python, "example", "exec")
     assert ("API_KEY" in curl) == ("API_KEY" in python) == needs_key
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["bench", "nothing"], ["bench", "--trace"], ["bench", "no/path"]])
+def test_a_benchmark_that_is_not_there(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert "try layer, rpc, serve" in capsys.readouterr().err
+
+
+def test_a_benchmark_is_run_by_its_name() -> None:
+    command = [sys.executable, "-m", "consilium", "bench", "layer", "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "consilium bench layer" in finished.stdout
+    assert "--trace" in finished.stdout
