@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,11 @@ from bench.machine import describe
 from bench.report import write
 from consilium.gate import Routing
 from gateway.batches import combine, group_by_expert
-from gateway.mailbox import Completion
-from gateway.stage_clock import STAGES
+from gateway.stage_clock import LAYER_STAGES
 from tests.stack import Process
 
 TICKS = os.sysconf("SC_CLK_TCK")
-LAYER_STAGES = STAGES[STAGES.index("gate") : STAGES.index("combine") + 1]
+TRACED = LAYER_STAGES[1:]  # without attention
 INPUTS = 16  # different batches of random rows, used in turn
 
 Input = tuple[Tensor, Routing]
@@ -67,7 +66,7 @@ async def layer(gateway: Gateway, x: Tensor, routing: Routing) -> Tensor:
 def single_layers(gateway: Gateway, inputs: Sequence[Input], calls: int) -> dict[str, Any]:
     """Layers one after the other: seconds of each, of its slowest worker, and of every stage."""
     whole, compute, sent, received = list[float](), list[float](), 0, 0
-    stages: dict[str, list[float]] = {stage: [] for stage in LAYER_STAGES}
+    stages: dict[str, list[float]] = {stage: [] for stage in TRACED}
     for call in range(calls):
         start = time.perf_counter()
         gateway.dispatcher.clock.start()
@@ -90,22 +89,6 @@ def single_layers(gateway: Gateway, inputs: Sequence[Input], calls: int) -> dict
     }
 
 
-def drive_together(gateway: Gateway, coroutines: Sequence[Coroutine[Completion[Any], None, object]]) -> None:
-    """Run layers side by side in this thread: each goes on as soon as what it waits for is there."""
-    waiting: dict[int, Completion[Any] | None] = dict.fromkeys(range(len(coroutines)))
-    while waiting:
-        ready = [number for number, what in waiting.items() if what is None or what.outcome is not None]
-        for number in ready:
-            try:
-                waiting[number] = coroutines[number].send(None)
-            except StopIteration:
-                del waiting[number]
-        if not ready:
-            soonest = min(what.deadline for what in waiting.values() if what is not None)
-            if not gateway.mailbox.receive(max(0.0, soonest - time.monotonic())):
-                raise RuntimeError("a worker did not answer in time")
-
-
 def many_layers(gateway: Gateway, inputs: Sequence[Input], calls: int, in_flight: int) -> dict[str, Any]:
     """Expert rows per second with ``in_flight`` layers at once."""
 
@@ -114,7 +97,7 @@ def many_layers(gateway: Gateway, inputs: Sequence[Input], calls: int, in_flight
             await layer(gateway, *inputs[call % len(inputs)])
 
     start = time.perf_counter()
-    drive_together(gateway, [lane(first) for first in range(in_flight)])
+    gateway.mailbox.drive_all([lane(first) for first in range(in_flight)])
     seconds = time.perf_counter() - start
     stats = gateway.dispatcher.take_stats()
     return {
@@ -177,7 +160,7 @@ def trace_table(figures: Sequence[dict[str, Any]]) -> Table:
     table.add_column("stage")
     for each in figures:
         table.add_column(f"{each['workers']} workers", justify="right", no_wrap=True)
-    for stage in LAYER_STAGES:
+    for stage in TRACED:
         times = [each["stages"][stage] for each in figures]
         table.add_row(stage, *(f"{time_['p50'] * 1e6:.0f}/{time_['p95'] * 1e6:.0f}" for time_ in times))
     return table

@@ -36,6 +36,11 @@ class Segment:
     length: int
     position: int  # of the first row in its sequence
 
+    @property
+    def rows(self) -> range:
+        """Its rows in the step."""
+        return range(self.row, self.row + self.length)
+
     def numbers(self) -> list[int]:
         """What the kernel is told of it: see consilium.kernels.attention.attend."""
         keys, values = self.cache.keys, self.cache.values
@@ -68,7 +73,7 @@ class Batch:
         """The rows that somebody still waits for: of sequences without a failed row."""
         if not self.failures:
             return range(len(self.tokens))
-        spans = [range(each.row, each.row + each.length) for each in self.segments]
+        spans = [each.rows for each in self.segments]
         return [row for span in spans if self.failures.keys().isdisjoint(span) for row in span]
 
 

@@ -49,6 +49,11 @@ class Worker(Protocol):
     group: str
     address: str
 
+    @property
+    def local_link(self) -> bool:
+        """Whether it is on this host, reached without gRPC."""
+        ...
+
     def send(self, frame: Frame, deadline: float) -> Completion[Reply]:
         """Start one call that is given up at ``deadline`` (monotonic clock); a failure is set as its outcome."""
         ...
@@ -122,6 +127,11 @@ class Dispatcher:
                             self._fail(batches, position, error, failures, outputs)
         self.clock.waited(waits.seconds, waits.queue_us / 1e6, waits.compute_us / 1e6)
         return outputs, failures
+
+    @property
+    def same_host(self) -> bool:
+        """Whether every worker is on this host, and computes on the same cores as the gateway."""
+        return all(worker.local_link for worker in self.workers.values())
 
     def take_stats(self) -> list[WorkerStats]:
         """What each worker did since the last call."""

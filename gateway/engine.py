@@ -16,6 +16,7 @@ from gateway.attention import Batch, Segment
 from gateway.dispatcher import Dispatcher
 from gateway.mailbox import Mailbox
 from gateway.messages import EngineStats, Generate, Output, Step, TokenLogprobs
+from gateway.micro_batches import MicroBatches, share_out
 from gateway.model import Model
 from gateway.sampler import sample, token_logprobs
 from gateway.scheduler import Scheduler, Work
@@ -33,8 +34,8 @@ class Engine:
     dispatcher: Dispatcher
     mailbox: Mailbox
     eos_token_ids: tuple[int, ...]
-    _current: Batch | None = field(default=None, init=False)  # of the step that is running
-    _segments: dict[int, Segment] = field(default_factory=dict, init=False)  # of the same, by sequence
+    micro_batches: MicroBatches
+    _current: dict[int, tuple[Batch, Segment]] = field(default_factory=dict, init=False)  # of the step, by sequence
 
     @property
     def has_work(self) -> bool:
@@ -47,10 +48,11 @@ class Engine:
     def abort(self, sequence_id: int) -> None:
         """End a sequence that nobody waits for; in the middle of a step, its rows go no further than this layer."""
         sequence = self.scheduler.abort(sequence_id)
-        if sequence is not None and self._current is not None and sequence_id in self._segments:
-            segment, reason = self._segments[sequence_id], ConsiliumError("nobody waits for this sequence any more")
-            for row in range(segment.row, segment.row + segment.length):
-                self._current.failures.setdefault(row, reason)
+        if sequence is not None and sequence_id in self._current:
+            batch, segment = self._current[sequence_id]
+            reason = ConsiliumError("nobody waits for this sequence any more")
+            for row in segment.rows:
+                batch.failures.setdefault(row, reason)
 
     def step(self) -> Step:
         """Compute the next tokens of every scheduled sequence, and take out those that have ended."""
@@ -60,7 +62,8 @@ class Engine:
         ended = self.scheduler.reap()  # aborted or refused before they ran
         work = self.scheduler.schedule()
         prompt_tokens = sum(each.length for each in work if not each.sequence.generated)
-        outputs = self._run(work) if work else {}
+        parts = self._parts(work)
+        outputs = self._run(parts) if work else {}
         clock.mark("sample")
         for sequence in ended + self.scheduler.reap():
             outputs[sequence.id] = replace(
@@ -75,6 +78,11 @@ class Engine:
             prompt_tokens=prompt_tokens,
             generated_tokens=sum(each.token is not None for each in outputs.values()),
         )
+        if work:
+            rows = sum(each.length for each in work)
+            self.micro_batches.learn(rows, len(parts), stats)
+            hop, rereading = self.micro_batches.weighed(rows)
+            stats = replace(stats, micro_batches=len(parts), hop_seconds=hop, rereading_seconds=rereading)
         return Step(list(outputs.values()), stats)
 
     def stats(self) -> EngineStats:
@@ -95,31 +103,45 @@ class Engine:
             stages=self.model.clock.take(),
         )
 
-    def _run(self, work: list[Work]) -> dict[int, Output]:
+    def _parts(self, work: list[Work]) -> list[list[Work]]:
+        """The step's sequences, in as many batches as are worth it."""
+        rows, same_host = sum(each.length for each in work), self.dispatcher.same_host
+        count = self.micro_batches.choose(rows, len(work), same_host=same_host)
+        if count == 1:
+            return [work]
+        return [[work[place] for place in part] for part in share_out([each.length for each in work], count)]
+
+    def _run(self, parts: list[list[Work]]) -> dict[int, Output]:
         """One pass of the model, and the news of each sequence by its id."""
-        batch = self._batch(work)
+        batches = [self._batch(part) for part in parts]
         self.model.clock.mark("schedule")
-        self._current = batch
-        self._segments = {each.sequence.id: segment for each, segment in zip(work, batch.segments, strict=True)}
+        placed = [
+            (each, batch, segment)
+            for part, batch in zip(parts, batches, strict=True)
+            for each, segment in zip(part, batch.segments, strict=True)
+        ]
+        self._current = {each.sequence.id: (batch, segment) for each, batch, segment in placed}
         try:
-            hidden = self.mailbox.drive(self.model.forward(batch))  # [T, D]
+            found = self.mailbox.drive_all([self.model.forward(batch) for batch in batches])  # of each part [T, D]
         finally:
-            self._current, self._segments = None, {}
+            self._current = {}
+        hidden = found[0] if len(found) == 1 else torch.cat(found)
         outputs: dict[int, Output] = {}
         due: list[tuple[Sequence, int]] = []  # with the row that predicts the next token
-        for each, segment in zip(work, batch.segments, strict=True):
-            sequence, rows = each.sequence, range(segment.row, segment.row + segment.length)
-            failed = next((row for row in rows if row in batch.failures), None)
+        end = 0
+        for each, batch, segment in placed:
+            sequence, start, end = each.sequence, end, end + each.length
+            failed = next((row for row in segment.rows if row in batch.failures), None)
             if failed is not None:
                 if not sequence.finish_reason:  # else it was aborted
                     sequence.fail(batch.failures[failed])
                 continue
-            prompt_logprobs = self._prompt_logprobs(sequence, hidden[rows.start : rows.stop])
+            prompt_logprobs = self._prompt_logprobs(sequence, hidden[start:end])
             sequence.computed += each.length
             if prompt_logprobs is not None:
                 outputs[sequence.id] = replace(sequence.news(), prompt_logprobs=prompt_logprobs)
             if not sequence.uncomputed and not sequence.finish_reason:
-                due.append((sequence, rows.stop - 1))
+                due.append((sequence, end - 1))
         return outputs | self._choose(due, hidden, outputs)
 
     def _batch(self, work: list[Work]) -> Batch:

@@ -32,6 +32,7 @@ from gateway.kv_cache import KVPool
 from gateway.kv_store import KVStore
 from gateway.mailbox import Mailbox
 from gateway.messages import LENGTH_BYTES, Abort, Generate, Status, ToHttp, WorkerStatus, pack, unpack
+from gateway.micro_batches import MicroBatches
 from gateway.model import Model
 from gateway.pages import commit_small_pages
 from gateway.placement import KnownExperts, describe_missing
@@ -80,6 +81,7 @@ class EngineProcess:
             self._dispatcher,
             self._mailbox,
             self._checkpoint.config.eos_token_ids,
+            MicroBatches.of(self._checkpoint.config, config.gateway.micro_batches),
         )
         self._known_experts = KnownExperts()
         self._status: Status | None = None

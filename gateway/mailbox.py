@@ -10,7 +10,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 from consilium.errors import DeadlineExceeded
@@ -109,12 +109,33 @@ class Mailbox:
 
     def drive(self, coroutine: Coroutine[Completion[Any], None, T]) -> T:
         """Run ``coroutine`` to its end, taking events whenever it awaits."""
-        while True:
-            try:
-                awaited = coroutine.send(None)
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
-            while awaited.outcome is None:
-                if not self.receive(max(0.0, awaited.deadline - time.monotonic())):
-                    awaited.expire()
+        return self.drive_all([coroutine])[0]
+
+    def drive_all(self, coroutines: Sequence[Coroutine[Completion[Any], None, T]]) -> list[T]:
+        """Run ``coroutines`` to their ends, side by side: each goes on as soon as what it awaits is there.
+
+        Events are taken whenever all of them wait. Raises what the first of them raises; the others are closed.
+        """
+        results: dict[int, T] = {}
+        waiting: dict[int, Completion[Any] | None] = dict.fromkeys(range(len(coroutines)))
+        try:
+            while waiting:
+                ready = [place for place, what in waiting.items() if what is None or what.outcome is not None]
+                for place in ready:
+                    try:
+                        waiting[place] = coroutines[place].send(None)
+                    except StopIteration as stop:
+                        results[place] = stop.value
+                        del waiting[place]
+                self._await(waiting.values())
+        finally:
+            for place in waiting:
+                coroutines[place].close()
+        return [results[place] for place in range(len(coroutines))]
+
+    def _await(self, waiting: Collection[Completion[Any] | None]) -> None:
+        """Return once one of them has its outcome."""
+        while waiting and all(each is not None and each.outcome is None for each in waiting):
+            soonest = min((each for each in waiting if each is not None), key=lambda each: each.deadline)
+            if not self.receive(max(0.0, soonest.deadline - time.monotonic())):
+                soonest.expire()

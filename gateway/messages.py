@@ -148,6 +148,9 @@ class EngineStats:
     workers: list[WorkerStats] = field(default_factory=list)
     # Seconds of the engine's thread in each stage of gateway.stage_clock since the last message.
     stages: dict[str, float] = field(default_factory=dict)
+    micro_batches: int = 1  # that the step was computed as, and what was weighed, in seconds of a layer
+    hop_seconds: float = 0.0
+    rereading_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)

@@ -90,6 +90,9 @@ class Metrics:
         if computed:
             self.step_tokens.observe(computed)
             self.step_seconds.observe(stats.step_seconds)
+            self.micro_batches.set(stats.micro_batches)
+            self.hop_seconds.set(stats.hop_seconds)
+            self.rereading_seconds.set(stats.rereading_seconds)
         for stage, seconds in stats.stages.items():
             self._stages[stage].inc(max(0.0, seconds))
         self._workers.count(stats.workers)
@@ -140,8 +143,17 @@ class Metrics:
         # Others call it iteration_tokens_total, but promtool wants that ending for counters alone.
         self.step_tokens = self._histogram("iteration_tokens", "Tokens computed in one step", _STEP_TOKENS)
         self.step_seconds = self._histogram("iteration_seconds", "Duration of one step", _STEP)
+        self._overlap()
         stages = self._counter("engine_stage_seconds", "Time of the engine's thread by stage of a step", "stage")
         self._stages = {stage: stages.labels(self._model, stage) for stage in STAGES}
+
+    def _overlap(self) -> None:
+        count = self._gauge("micro_batches", "Batches that the last step was computed as")
+        self.micro_batches = count.labels(self._model)
+        hop = self._gauge("layer_hop_seconds", "The way to a layer's experts and back, which a second batch can hide")
+        self.hop_seconds = hop.labels(self._model)
+        rereading = self._gauge("layer_rereading_seconds", "What two batches cost a layer by reading weights twice")
+        self.rereading_seconds = rereading.labels(self._model)
 
     def _prefix_cache(self) -> None:
         queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache")

@@ -20,6 +20,9 @@ STAGES = (
     "sample",
     "report",  # tell the HTTP process
 )
+# Of the layers alone, and those in which the engine's thread waits.
+LAYER_STAGES = STAGES[STAGES.index("attention") : STAGES.index("combine") + 1]
+WAITS = ("wire", "queue", "compute")
 
 
 class StageClock:

@@ -61,6 +61,7 @@ class LocalWorker:
     compute: Compute
     mailbox: Mailbox
     group: str = "experts"
+    local_link: bool = False
     frames: list[Frame] = field(default_factory=list)
     misbehave: Callable[[Frame], Exception | None] = lambda _: None
 

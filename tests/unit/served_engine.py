@@ -15,6 +15,7 @@ from gateway.kv_cache import BLOCK, KVPool
 from gateway.kv_store import KVStore
 from gateway.mailbox import Mailbox
 from gateway.messages import Abort, EngineStats, Failure, Generate, Output, SamplingParams, TokenLogprobs
+from gateway.micro_batches import MicroBatches
 from gateway.model import Model
 from gateway.scheduler import Scheduler
 from tests.local_workers import Compute, LocalWorker, local_dispatcher
@@ -59,6 +60,7 @@ class Served:
         experts: Iterable[Iterable[int]] = ((0, 2), (1, 3)),
         *,
         prefix_cache: bool = True,
+        micro_batches: int | None = 1,
         arithmetic: Arithmetic | None = None,
         compute: Compute | None = None,
     ) -> None:
@@ -72,7 +74,9 @@ class Served:
         )
         scheduler = Scheduler(KVStore(KVPool(config, arithmetic.dtype, memory), prefix_cache=prefix_cache), 8, step)
         model = Model(checkpoint, arithmetic, dispatcher, dispatcher.clock)
-        self.engine = Engine(model, scheduler, dispatcher, self.mailbox, config.eos_token_ids)
+        self.engine = Engine(
+            model, scheduler, dispatcher, self.mailbox, config.eos_token_ids, MicroBatches.of(config, micro_batches)
+        )
         self.stories: dict[int, Story] = {}
         self.stats: list[EngineStats] = []
 

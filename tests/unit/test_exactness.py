@@ -52,6 +52,7 @@ class Circumstances:
     prefix_cache: bool
     warm: bool  # the same requests have run before
     threads: int
+    micro_batches: int
 
 
 @cache
@@ -77,11 +78,27 @@ def int8_rows(family: str, dtype: RowDType) -> Int8Rows:
 
 
 def serve(
-    family: str, dtype: RowDType, blocks: int, step: int, experts: Iterable[Iterable[int]], *, prefix_cache: bool
+    family: str,
+    dtype: RowDType,
+    blocks: int,
+    step: int,
+    experts: Iterable[Iterable[int]],
+    *,
+    prefix_cache: bool,
+    micro_batches: int = 1,
 ) -> Served:
     """An engine in int8 whose keys, values and replies have the dtype."""
     computed, rows = arithmetic(dtype), int8_rows(family, dtype)
-    return Served(tiny(family), blocks, step, experts, prefix_cache=prefix_cache, arithmetic=computed, compute=rows)
+    return Served(
+        tiny(family),
+        blocks,
+        step,
+        experts,
+        prefix_cache=prefix_cache,
+        micro_batches=micro_batches,
+        arithmetic=computed,
+        compute=rows,
+    )
 
 
 @cache
@@ -125,6 +142,7 @@ def circumstances(draw: st.DrawFn, asked: list[Request], experts: int) -> Circum
         prefix_cache=draw(st.booleans()),
         warm=draw(st.booleans()),
         threads=draw(st.integers(1, 2)),
+        micro_batches=draw(st.integers(1, 2)),
     )
 
 
@@ -157,12 +175,21 @@ def test_the_same_bits_whatever_else_happens(
         assert replace(found, queue_seconds=[]) == replace(story, queue_seconds=[])  # every float to the last bit
     event(f"preempted: {any(each.preemptions for each in served.stats)}")
     event(f"prefix reused: {any(each.prefix_hits for each in served.stats)}")
+    event(f"two batches: {any(each.micro_batches == 2 for each in served.stats)}")
     event(f"a worker failed: {any(stats.failures for each in served.stats for stats in each.workers)}")
 
 
 def run(family: str, dtype: RowDType, asked: list[Request], around: Circumstances) -> Served:
     """All requests in one engine, each when its time has come."""
-    served = serve(family, dtype, around.blocks, around.step, around.experts, prefix_cache=around.prefix_cache)
+    served = serve(
+        family,
+        dtype,
+        around.blocks,
+        around.step,
+        around.experts,
+        prefix_cache=around.prefix_cache,
+        micro_batches=around.micro_batches,
+    )
     if around.warm:
         served.run(*(generate(number, request) for number, request in enumerate(asked, 100)))
     first = served.workers[0]

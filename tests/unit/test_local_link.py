@@ -268,6 +268,7 @@ class LinkedWorker:
     """The dispatcher's protocol over the link; its peer answers every call with a lie."""
 
     group = "experts"
+    local_link = True
 
     def __init__(self, gateway: Gateway, address: str, lie: expert_pb2.Result) -> None:
         self.address, self._gateway, self._lie = address, gateway, lie
