@@ -13,11 +13,11 @@ from torch import Tensor
 
 from consilium.errors import WireError
 from consilium.shared_memory import SharedMemory
-from consilium.wire import WIRE_DTYPES, Place, decode_tensor, encode_tensor, nbytes
+from consilium.wire import WIRE_DTYPES, Memory, Place, decode_tensor, encode_tensor, nbytes
 from protos.expert.v1 import expert_pb2
 from protos.tensor.v1 import tensor_pb2
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,12 @@ def encode_call(
 
 
 def shared_bytes(call: expert_pb2.Call) -> int:
-    """Bytes of the call's tensors that lie in shared memory, by the call's own account; nothing of it is checked."""
+    """Bytes of the call's tensors that lie beside it, by the call's own account; nothing of it is checked."""
     return sum(nbytes(each) for each in (call.rows, call.scales, call.indices) if each.HasField("offset"))
 
 
-def decode_call(
-    call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype, memory: SharedMemory | None = None
-) -> Frame:
-    """The frame in ``call``, with every size, offset and index checked; large tensors may lie in ``memory``.
+def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype, memory: Memory | None = None) -> Frame:
+    """The frame in ``call``, with every size, offset and index checked; tensors may lie in ``memory``.
 
     ``row_dtype`` is what this worker computes from: torch.int8 (then scales must be there) or its float dtype.
     Raises WireError that names the field.
@@ -73,7 +71,7 @@ def decode_call(
     elif call.HasField("scales"):
         raise WireError(f"scales: not expected with {row_dtype} rows")
     indices = decode_tensor(call.indices, "indices", torch.int32, (None,), memory)
-    if memory is not None:
+    if isinstance(memory, SharedMemory):
         indices = indices.clone()  # what has been checked must not change any more
     experts, offsets = list(call.experts), list(call.offsets)
     if any(a >= b for a, b in pairwise(experts)):
@@ -95,18 +93,18 @@ def decode_call(
 
 
 def decode_result(
-    result: expert_pb2.Result, pairs: int, hidden_size: int, dtype: torch.dtype, memory: SharedMemory | None = None
+    result: expert_pb2.Result, pairs: int, hidden_size: int, dtype: torch.dtype, memory: Memory | None = None
 ) -> Tensor:
     """The output rows [P, D] of a call of ``pairs`` pairs. Raises WireError when they are not what was asked for."""
     return decode_tensor(result.rows, "result rows", dtype, (pairs, hidden_size), memory)
 
 
 def encode_result(
-    rows: Tensor, queue_seconds: float, compute_seconds: float, offset: int | None = None
+    rows: Tensor, queue_seconds: float, compute_seconds: float, offset: int | None = None, place: Place | None = None
 ) -> expert_pb2.Result:
-    """The message for output rows [P, D]; ``offset`` is where they lie in shared memory, if they do."""
+    """The message for output rows [P, D]; they are in shared memory at ``offset``, or go where ``place`` says."""
     if offset is None:
-        message = encode_tensor(rows)
+        message = encode_tensor(rows, place)
     else:
         message = tensor_pb2.Tensor(dtype=WIRE_DTYPES[rows.dtype], shape=rows.shape, offset=offset)
     return expert_pb2.Result(rows=message, queue_us=int(queue_seconds * 1e6), compute_us=int(compute_seconds * 1e6))

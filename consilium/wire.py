@@ -1,7 +1,7 @@
 """Tensors as raw little-endian bytes with dtype and shape, checked before anything is allocated.
 
-The bytes are in the message, or in memory that both sides share. Decoded tensors are views of them: read-only ones of
-the message's, which are taken out of it once.
+The bytes are in the message, or beside it: attached to it, or in memory that both sides share. Decoded tensors are
+views of them: read-only ones of the message's, which are taken out of it once.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from consilium.errors import WireError
-from consilium.shared_memory import SharedMemory
 from protos.tensor.v1 import tensor_pb2
 
 if sys.byteorder != "little":
@@ -31,8 +31,17 @@ TORCH_DTYPES = {code: dtype for dtype, code in WIRE_DTYPES.items()}
 
 MOST_SIZES = 4  # in a shape; the product of as many as a message can hold would take hours
 
-# Where so many bytes go, in shared memory: their offset and a view of them; None when they go into the message.
-Place = Callable[[int], tuple[int, Tensor] | None]
+# Puts a tensor's bytes beside the message, and says at which offset; None when they go into it.
+Place = Callable[[Tensor], int | None]
+
+
+class Memory(Protocol):
+    """Where the bytes of tensors lie that are not in their message."""
+
+    def view(self, offset: int, size: int, name: str) -> Tensor:
+        """uint8 [size] at ``offset``. Raises WireError that names the field ``name`` when that is not all inside."""
+        ...
+
 
 # What the configuration's `dtype` means.
 ROW_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,13 +58,16 @@ def encode_tensor(tensor: Tensor, place: Place | None = None) -> tensor_pb2.Tens
     code = WIRE_DTYPES.get(tensor.dtype)
     if code is None:
         raise WireError(f"a {tensor.dtype} tensor does not travel; convert it to one of {list(WIRE_DTYPES)}")
-    found = None if place is None else place(tensor.nbytes)
-    if found is None:
-        data = _bits(tensor).numpy().tobytes()
+    offset = None if place is None else place(tensor)
+    if offset is None:
+        data = element_bytes(tensor).numpy().tobytes()
         return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, data=data)
-    offset, target = found
-    target.copy_(tensor.contiguous().reshape(-1).view(torch.uint8))
     return tensor_pb2.Tensor(dtype=code, shape=tensor.shape, offset=offset)
+
+
+def element_bytes(tensor: Tensor) -> Tensor:
+    """uint8 [size]: the elements in row-major order; a view where they lie so."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def decode_tensor(
@@ -63,11 +75,11 @@ def decode_tensor(
     name: str,
     dtype: torch.dtype,
     shape: tuple[int | None, ...],
-    memory: SharedMemory | None = None,
+    memory: Memory | None = None,
 ) -> Tensor:
     """A view of the message's bytes as the ``dtype`` and ``shape`` expected; None stands for any length.
 
-    With ``memory`` the bytes may lie there, where the peer can still change them.
+    With ``memory`` the bytes may lie there; in shared memory the peer can still change them.
     Raises WireError that names the field ``name``, what was expected and what was found.
     """
     if message.dtype != WIRE_DTYPES[dtype]:
@@ -79,7 +91,7 @@ def decode_tensor(
     size = math.prod(found) * dtype.itemsize
     if message.HasField("offset"):
         if memory is None:
-            raise WireError(f"{name}: its bytes lie in shared memory, and there is none here")
+            raise WireError(f"{name}: its bytes lie beside the message, and nothing is there")
         return memory.view(message.offset, size, name).view(dtype).view(found)
     data = message.data  # once: protobuf copies the bytes at every access
     if len(data) != size:
@@ -97,11 +109,6 @@ def nbytes(message: tensor_pb2.Tensor) -> int:
     if dtype is None or len(message.shape) > MOST_SIZES:  # no tensor is like that: decoding refuses it
         return 0
     return math.prod(message.shape) * dtype.itemsize
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """As NumPy can take it, which knows no bfloat16."""
-    return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
 
 
 def _empty(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

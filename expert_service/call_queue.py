@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from consilium.attachment import Parts
 from consilium.errors import DeadlineExceeded, Overloaded
-from consilium.shared_memory import SharedMemory
+from consilium.wire import Memory
 from protos.expert.v1 import expert_pb2
 
 # So many times in a row may decode pass prompts that wait; then they have their turn.
@@ -31,7 +32,8 @@ class Job:
     received_bytes: int
     size: int  # with those of its result
     answer: Callable[[Outcome], object]
-    memory: SharedMemory | None = None  # where its large tensors lie, and its result goes
+    memory: Memory | None = None  # where its tensors lie that are not in the message
+    parts: Parts | None = None  # where the rows of its result go, to be attached to the answer
     received: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 

@@ -16,8 +16,9 @@ from typing import Protocol
 
 import torch
 
+from consilium.attachment import Parts
 from consilium.errors import ConsiliumError
-from consilium.shared_memory import SharedMemory
+from consilium.wire import Memory
 from expert_service.call_queue import CallQueue, CancelledCallError, Job, Outcome
 from expert_service.frame_computer import FrameComputer
 from protos.expert.v1 import expert_pb2
@@ -61,10 +62,14 @@ class Executor:
         return self.queue.unfinished
 
     def submit(
-        self, call: expert_pb2.Call, answer: Callable[[Outcome], object], memory: SharedMemory | None = None
+        self,
+        call: expert_pb2.Call,
+        answer: Callable[[Outcome], object],
+        memory: Memory | None = None,
+        parts: Parts | None = None,
     ) -> Job:
         """Queue a call; may be called by any thread. Raises TooLarge, or Overloaded when the queue is full."""
-        job = Job(call, *self._computer.sizes(call), answer, memory)
+        job = Job(call, *self._computer.sizes(call, memory), answer, memory, parts)
         self.queue.add(job)
         if threading.current_thread() is not self._thread:
             os.eventfd_write(self._wake, 1)

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from consilium.attachment import Attachment
 from consilium.errors import StalePlacement, TooLarge, WireError
 from consilium.experts import Arithmetic, ExpertWeights
 from consilium.frames import Frame, decode_call, encode_result, shared_bytes
+from consilium.shared_memory import SharedMemory
 from consilium.units import format_size
-from consilium.wire import nbytes
+from consilium.wire import Memory, nbytes
 from expert_service.call_queue import Job, Outcome
 from expert_service.coalesce import merge
 from expert_service.store import ExpertStore
@@ -44,14 +46,17 @@ class FrameComputer:
         self._store, self._arithmetic = store, arithmetic
         self._hidden_size, self.max_batch, self._max_frame = hidden_size, max_batch, max_frame
 
-    def sizes(self, call: expert_pb2.Call) -> tuple[int, int, int]:
+    def sizes(self, call: expert_pb2.Call, memory: Memory | None = None) -> tuple[int, int, int]:
         """Rows of the call's result as the call says, bytes of the call, and those with the rows of its result.
+
+        What is attached counts as it is, what lies in shared memory as the call says.
 
         Raises TooLarge when one of them passes the largest frame.
         """
         pairs = nbytes(call.indices) // INDEX_BYTES
         size = pairs * self._hidden_size * self._arithmetic.reply_dtype.itemsize
-        received = call.ByteSize() + shared_bytes(call)
+        beside = memory.size if isinstance(memory, Attachment) else shared_bytes(call)
+        received = call.ByteSize() + beside
         for what, found in (("call", received), (f"result of {pairs} rows", size)):
             if found > self._max_frame:
                 raise TooLarge(
@@ -85,7 +90,8 @@ class FrameComputer:
         for task in tasks:
             job = jobs[task.place]
             offset = job.call.result_offset if job.call.HasField("result_offset") else None
-            outcomes[task.place] = encode_result(task.rows, started - job.received, seconds, offset)
+            attach = None if job.parts is None else job.parts.place
+            outcomes[task.place] = encode_result(task.rows, started - job.received, seconds, offset, attach)
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _task(self, place: int, job: Job) -> _Task:
@@ -102,7 +108,7 @@ class FrameComputer:
         shape, dtype = (frame.indices.numel(), self._hidden_size), self._arithmetic.reply_dtype
         if not job.call.HasField("result_offset"):
             return torch.empty(shape, dtype=dtype)
-        if job.memory is None:
+        if not isinstance(job.memory, SharedMemory):
             raise WireError("result_offset: there is no shared memory here")
         size = shape[0] * shape[1] * dtype.itemsize
         return job.memory.view(job.call.result_offset, size, "result_offset").view(dtype).view(shape)

@@ -32,13 +32,12 @@ from expert_service.local_link import LocalLink
 from expert_service.local_listener import LocalListener
 from expert_service.metrics import ServiceMetrics
 from expert_service.selection import select_experts, select_layers
-from expert_service.servicer import ExpertServicer
+from expert_service.servicer import SERVICE, BareForward, ExpertServicer
 from expert_service.store import ExpertStore, load_store
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
 # Unfinished calls and unread answers may take so many largest frames of memory before new calls are refused.
 QUEUED_FRAMES, UNREAD_FRAMES = 4, 2
 # For the last bytes to leave once everything is answered.
@@ -91,7 +90,8 @@ class Worker:
         executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
         metrics = ServiceMetrics(description, executor, self.store)
         servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame)
-        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=server_options(config.max_frame))
+        interceptors = [ErrorInterceptor(), BareForward()]
+        server = grpc.aio.server(interceptors=interceptors, options=server_options(config.max_frame))
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
         status = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)

@@ -5,21 +5,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from consilium.attachment import Attachment, Parts, unpack
 from consilium.errors import ExpertUnavailable
-from consilium.shared_memory import SharedMemory
+from consilium.wire import Memory
 from expert_service.call_queue import Job, Outcome
 from expert_service.executor import Executor
 from expert_service.metrics import ServiceMetrics
-from expert_service.stream import Answer, ForwardStream
+from expert_service.stream import Answer, ForwardStream, Request
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 
+SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
 DRAINING = "draining: this worker is shutting down and takes no more calls; another replica may have the expert"
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -43,8 +46,9 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     # The generated stub knows generators only; gRPC also takes coroutines that write to the context, and those are
     # certain to be told at once when the caller is gone.
     async def Forward(  # type: ignore[override]
-        self, requests: AsyncIterator[expert_pb2.ForwardRequest], context: Context
+        self, requests: AsyncIterator[Request], context: Context
     ) -> None:
+        """As :class:`BareForward` has it: requests are unpacked, answers are bytes already."""
         if not self._draining:
             stream = ForwardStream(self.submit, self._max_unread)
             with self._counted():
@@ -78,11 +82,12 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self._executor.queue.when_empty(lambda: loop.call_soon_threadsafe(idle.set))
         await idle.wait()
 
-    def submit(self, call: expert_pb2.Call) -> Answer:
+    def submit(self, call: expert_pb2.Call, attachment: Attachment | None = None, parts: Parts | None = None) -> Answer:
         """Queue a call of the event loop. Raises as :meth:`take` does; cancel the future to give it up."""
         loop = asyncio.get_running_loop()
         answer: Answer = loop.create_future()
-        job = self.take(call, lambda outcome: loop.call_soon_threadsafe(_settle, answer, outcome))
+        settle = partial(_settle, answer)
+        job = self.take(call, lambda outcome: loop.call_soon_threadsafe(settle, outcome), attachment, parts)
         answer.add_done_callback(lambda done: _cancel(job) if done.cancelled() else None)
         return answer
 
@@ -90,13 +95,14 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self,
         call: expert_pb2.Call,
         answer: Callable[[Outcome], object],
-        memory: SharedMemory | None = None,
+        memory: Memory | None = None,
+        parts: Parts | None = None,
     ) -> Job:
         """Queue a call; any thread may. Raises as the executor does, and ExpertUnavailable while draining."""
         try:
             if self._draining:
                 raise ExpertUnavailable(DRAINING)
-            return self._executor.submit(call, answer, memory)
+            return self._executor.submit(call, answer, memory, parts)
         except Exception as error:
             self._metrics.refused(error)
             raise
@@ -110,6 +116,21 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             self._running -= 1
             if not self._running:
                 self._quiet.set()
+
+
+class BareForward(grpc.aio.ServerInterceptor):
+    """Takes the generated (de)serializers from Forward: they would copy every tensor several times."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.stream_stream is None or handler_call_details.method != f"/{SERVICE}/Forward":
+            return handler
+        deserializer = partial(unpack, expert_pb2.ForwardRequest)
+        return grpc.stream_stream_rpc_method_handler(handler.stream_stream, request_deserializer=deserializer)
 
 
 def _settle(answer: Answer, outcome: Outcome) -> None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
+from consilium.attachment import Attachment, Parts
 from consilium.errors import ConsiliumError, InvalidRequest
 from consilium.rpc import to_call_error
 from protos.expert.v1 import expert_pb2
@@ -14,26 +15,31 @@ from protos.expert.v1 import expert_pb2
 logger = logging.getLogger(__name__)
 
 Answer = asyncio.Future[expert_pb2.Result]
+Request = tuple[expert_pb2.ForwardRequest, Attachment | None]
+# Queues a call, or raises; the rows of its result go to the parts if there are any.
+Submit = Callable[[expert_pb2.Call, Attachment | None, Parts | None], Answer]
 
 
 class ForwardStream:
     """Nothing a caller sends ends it: every call gets an answer of its own, unless the caller cancelled it."""
 
-    def __init__(self, submit: Callable[[expert_pb2.Call], Answer], max_unread: int) -> None:
+    def __init__(self, submit: Submit, max_unread: int) -> None:
         """No more calls are read while more than ``max_unread`` bytes of answers wait for the caller to read them."""
         self._submit, self._max_unread = submit, max_unread
         self._computing: dict[int, Answer] = {}
-        self._answers: asyncio.Queue[expert_pb2.ForwardResponse | None] = asyncio.Queue()  # None is the end
+        self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()  # None is the end
         self._unread_bytes = 0
         self._room = asyncio.Event()
         self._ending = False
 
     async def run(
         self,
-        requests: AsyncIterator[expert_pb2.ForwardRequest],
-        write: Callable[[expert_pb2.ForwardResponse], Awaitable[object]],
+        requests: AsyncIterator[Request],
+        write: Callable[[bytes], Awaitable[object]],
     ) -> None:
         """Answer ``requests`` until they end or :meth:`end` is called, and all that was taken is answered.
+
+        ``write`` gets ForwardResponses as they travel.
 
         Raises what reading ``requests`` raised.
         """
@@ -41,7 +47,7 @@ class ForwardStream:
         try:
             while (response := await self._answers.get()) is not None:
                 await write(response)
-                self._unread_bytes -= response.ByteSize()
+                self._unread_bytes -= len(response)
                 self._room.set()
             if reading.done():
                 reading.result()  # raises what is wrong with the stream itself
@@ -55,30 +61,31 @@ class ForwardStream:
         self._ending = True
         self._end_if_idle()
 
-    async def _read(self, requests: AsyncIterator[expert_pb2.ForwardRequest]) -> None:
+    async def _read(self, requests: AsyncIterator[Request]) -> None:
         try:
-            async for request in requests:
-                self._take(request)
+            async for request, attachment in requests:
+                self._take(request, attachment)
                 while self._unread_bytes > self._max_unread:
                     self._room.clear()
                     await self._room.wait()
         finally:
             self.end()
 
-    def _take(self, request: expert_pb2.ForwardRequest) -> None:
+    def _take(self, request: expert_pb2.ForwardRequest, attachment: Attachment | None) -> None:
         kind = request.WhichOneof("kind")
         if kind == "call":
-            self._start(request.call)
+            self._start(request.call, attachment)
         elif kind == "cancel":
             self._cancel(request.cancel.call_id)
         else:
             self._answer_error(0, InvalidRequest("the request holds neither a call nor a cancel"))
 
-    def _start(self, call: expert_pb2.Call) -> None:
+    def _start(self, call: expert_pb2.Call, attachment: Attachment | None) -> None:
+        parts = None if attachment is None else Parts()  # as the call came, so it is answered
         try:
             if call.call_id in self._computing:
                 raise InvalidRequest(f"call id {call.call_id} is in use on this stream")
-            answer = self._submit(call)
+            answer = self._submit(call, attachment, parts)
         except ConsiliumError as error:
             self._answer_error(call.call_id, error)
         except Exception as error:  # a bug: this call fails, the stream goes on
@@ -86,19 +93,19 @@ class ForwardStream:
             self._answer_error(call.call_id, error)
         else:
             self._computing[call.call_id] = answer
-            answer.add_done_callback(partial(self._finish, call.call_id))
+            answer.add_done_callback(partial(self._finish, call.call_id, parts))
 
     def _cancel(self, call_id: int) -> None:
         answer = self._computing.pop(call_id, None)
         if answer is not None:  # otherwise it is answered already
             answer.cancel()
 
-    def _finish(self, call_id: int, answer: Answer) -> None:
+    def _finish(self, call_id: int, parts: Parts | None, answer: Answer) -> None:
         if not answer.cancelled():
             del self._computing[call_id]
             error = answer.exception()
             if error is None:
-                self._answer(expert_pb2.ForwardResponse(call_id=call_id, result=answer.result()))
+                self._answer(expert_pb2.ForwardResponse(call_id=call_id, result=answer.result()), parts)
             else:
                 self._answer_error(call_id, error)
         self._end_if_idle()
@@ -106,9 +113,10 @@ class ForwardStream:
     def _answer_error(self, call_id: int, error: BaseException) -> None:
         self._answer(expert_pb2.ForwardResponse(call_id=call_id, error=to_call_error(error)))
 
-    def _answer(self, response: expert_pb2.ForwardResponse) -> None:
-        self._unread_bytes += response.ByteSize()
-        self._answers.put_nowait(response)
+    def _answer(self, response: expert_pb2.ForwardResponse, parts: Parts | None = None) -> None:
+        packed = response.SerializeToString() if parts is None else parts.pack(response)
+        self._unread_bytes += len(packed)
+        self._answers.put_nowait(packed)
 
     def _end_if_idle(self) -> None:
         if self._ending and not self._computing:

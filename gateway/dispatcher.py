@@ -19,7 +19,7 @@ from torch import Tensor
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, InvalidRequest
 from consilium.frames import Frame, decode_result
 from consilium.kernels.routing import select
-from consilium.shared_memory import SharedMemory
+from consilium.wire import Memory
 from gateway.batches import ExpertBatches, scatter
 from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion
@@ -39,7 +39,7 @@ class Reply:
     round_trip: float  # seconds
     bytes_sent: int
     bytes_received: int
-    memory: SharedMemory | None = None  # where the rows may lie, until they are released
+    memory: Memory | None = None  # where the rows may lie, until they are released
     release: Callable[[], None] = lambda: None
 
 

@@ -21,6 +21,7 @@ from consilium.frames import PROTOCOL_VERSION, Frame, encode_call, shared_bytes
 from consilium.local_socket import INLINE, PACKET, new_socket, send_with_descriptor, socket_address
 from consilium.rpc import from_call_error
 from consilium.shared_memory import Regions, SharedMemory
+from consilium.wire import element_bytes
 from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
 from protos.expert.v1 import expert_pb2
@@ -61,7 +62,7 @@ class LocalLink:
         """Start a call; False, with nothing done, when the shared memory has no room for it."""
         regions: list[int] = []
         try:
-            call = encode_call(frame, call_id, milliseconds, lambda size: self._place(size, regions))
+            call = encode_call(frame, call_id, milliseconds, lambda tensor: self._place(tensor, regions))
             result_bytes = frame.indices.numel() * self._row_bytes
             if result_bytes > INLINE:
                 call.result_offset = self._take(result_bytes, regions)[0]
@@ -128,10 +129,12 @@ class LocalLink:
         reply = Reply(response.result, seconds, pending.bytes_sent, received, self._memory, lambda: self._free(regions))
         pending.completion.settle(reply)
 
-    def _place(self, size: int, regions: list[int]) -> tuple[int, Tensor] | None:
-        if size <= INLINE:
+    def _place(self, tensor: Tensor, regions: list[int]) -> int | None:
+        if tensor.nbytes <= INLINE:
             return None
-        return self._take(size, regions)
+        offset, target = self._take(tensor.nbytes, regions)
+        target.copy_(element_bytes(tensor))
+        return offset
 
     def _take(self, size: int, regions: list[int]) -> tuple[int, Tensor]:
         """Raises MemoryError when there is no gap for so much."""

@@ -1,6 +1,8 @@
-"""The connection to one worker: Describe, then long-lived Forward streams, again and again until closed.
+"""The way to one worker: Describe, then long-lived Forward streams, again and again until closed.
 
-With a worker on this host frames go over a local link instead, and the streams are for those that find no room there.
+Single tokens and prompts have a stream each, over a connection of their own: on a shared one a token waits for all the
+bytes of the prompts before it. With a worker on this host frames go over a local link instead, and the streams are for
+those that find no room there.
 Everything here runs on the I/O thread, except :meth:`WorkerConnection.send`, which the engine's thread calls.
 """
 
@@ -12,23 +14,22 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import grpc
 
+from consilium.attachment import Parts
 from consilium.config import ExpertGroupConfig
 from consilium.errors import ConfigError, ConsiliumError, ExpertUnavailable
 from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
-from consilium.rpc import channel_options, from_call_error, from_rpc_error
+from consilium.rpc import channel_options, from_rpc_error
 from consilium.wire import TORCH_DTYPES
 from gateway.dispatcher import Reply
+from gateway.forward_stream import ForwardStream
 from gateway.local_link import LocalLink, open_link
 from gateway.mailbox import Completion, Mailbox
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.tensor.v1 import tensor_pb2
-
-if TYPE_CHECKING:  # the class takes no parameters at run time
-    _Stream = grpc.aio.StreamStreamCall[expert_pb2.ForwardRequest, expert_pb2.ForwardResponse]
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +66,6 @@ def _dtype_name(code: tensor_pb2.Dtype.ValueType) -> str:
     return str(TORCH_DTYPES.get(code, code)).removeprefix("torch.")
 
 
-@dataclass(slots=True)
-class _Pending:
-    completion: Completion[Reply]
-    started: float
-    bytes_sent: int
-
-
 class WorkerConnection:
     """One worker as the gateway reaches it."""
 
@@ -92,8 +86,8 @@ class WorkerConnection:
         self._mailbox, self._on_change = mailbox, on_change
         self._loop = asyncio.get_running_loop()
         self._call_ids = itertools.count(1)
-        self._pending: dict[int, _Pending] = {}
-        self._outgoing: asyncio.Queue[expert_pb2.ForwardRequest] = asyncio.Queue()
+        self._decode: ForwardStream | None = None
+        self._prefill: ForwardStream | None = None
         self._suspect = asyncio.Event()
         self._link: LocalLink | None = None
         self._lost = ""  # why the last link was
@@ -129,8 +123,10 @@ class WorkerConnection:
         completion: Completion[Reply] = Completion(deadline, lambda: self._expire(call_id))
         link = self._link
         if link is None or not link.open or not link.send(call_id, frame, milliseconds, completion):
-            request = expert_pb2.ForwardRequest(call=encode_call(frame, call_id, milliseconds))
-            self._call_loop(lambda: self._start(call_id, request, completion))
+            parts = Parts()
+            call = encode_call(frame, call_id, milliseconds, parts.place)
+            request = parts.pack(expert_pb2.ForwardRequest(call=call))
+            self._call_loop(lambda: self._start(call_id, frame.prefill, request, completion))
         return completion
 
     def _expire(self, call_id: int) -> None:
@@ -165,31 +161,39 @@ class WorkerConnection:
             await asyncio.sleep(backoff)
 
     async def _session(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=channel_options(self._max_frame)) as channel:
-            stub = expert_pb2_grpc.ExpertServiceStub(channel)
-            description = await stub.Describe(expert_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT)
-            self._expectations.check(description)
-            stream = stub.Forward()
+        async with self._channel() as first, self._channel() as second:
+            description, other = await asyncio.gather(self._describe(first), self._describe(second))
+            if other.worker_id != description.worker_id:  # a balancer stands between
+                log.info("worker %s: prompts share its connection: a second one leads elsewhere", self.address)
+                second = first
             self._suspect.clear()
             self._link = await self._open_link(description)
+            self._decode = ForwardStream(first, self._mailbox, self._drained)
+            self._prefill = ForwardStream(second, self._mailbox, self._drained)
             self.description, self.detail = description, ""
             self._on_change()
             tasks = [
-                asyncio.ensure_future(self._write(stream)),
-                asyncio.ensure_future(self._read(stream)),
-                asyncio.ensure_future(self._suspect.wait()),
+                asyncio.ensure_future(each) for each in (self._decode.run(), self._prefill.run(), self._suspect.wait())
             ]
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
             finally:
-                stream.cancel()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
         if self._suspect.is_set():
             raise ExpertUnavailable(self._lost or "did not answer in time")
+
+    def _channel(self) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(self.address, options=channel_options(self._max_frame))
+
+    async def _describe(self, channel: grpc.aio.Channel) -> expert_pb2.DescribeResponse:
+        stub = expert_pb2_grpc.ExpertServiceStub(channel)
+        description = await stub.Describe(expert_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT)
+        self._expectations.check(description)
+        return description
 
     async def _open_link(self, description: expert_pb2.DescribeResponse) -> LocalLink | None:
         """Where both sides want one and are on one host; else says why there is none."""
@@ -220,41 +224,16 @@ class WorkerConnection:
             self.description, self.detail = None, error.message
             self._on_change()
 
-    async def _write(self, stream: _Stream) -> None:
-        while True:
-            try:
-                await stream.write(await self._outgoing.get())
-            except asyncio.InvalidStateError:
-                return
-
-    async def _read(self, stream: _Stream) -> None:
-        async for response in stream:
-            self._finish(response)
-
-    def _start(self, call_id: int, request: expert_pb2.ForwardRequest, completion: Completion[Reply]) -> None:
-        if self.description is None:
+    def _start(self, call_id: int, prefill: bool, request: bytes, completion: Completion[Reply]) -> None:
+        stream = self._prefill if prefill else self._decode
+        if self.description is None or stream is None:
             self._mailbox.settle(completion, ExpertUnavailable(self.detail))
-            return
-        self._pending[call_id] = _Pending(completion, time.monotonic(), request.ByteSize())
-        self._outgoing.put_nowait(request)
-
-    def _finish(self, response: expert_pb2.ForwardResponse) -> None:
-        pending = self._pending.pop(response.call_id, None)
-        if pending is None:  # given up before
-            return
-        if response.WhichOneof("outcome") == "result":
-            reply = Reply(response.result, time.monotonic() - pending.started, pending.bytes_sent, response.ByteSize())
-            self._mailbox.settle(pending.completion, reply)
-            return
-        error = from_call_error(response.error)
-        self._mailbox.settle(pending.completion, error)
-        if response.error.code == ExpertUnavailable.grpc_code:
-            self._drained(error)
+        else:
+            stream.start(call_id, request, completion)
 
     def _give_up(self, call_id: int) -> None:
         """A call ran out of time. The worker may hang: no more frames until it has answered Describe again."""
-        if self._pending.pop(call_id, None) is not None:
-            self._outgoing.put_nowait(expert_pb2.ForwardRequest(cancel=expert_pb2.Cancel(call_id=call_id)))
+        if any(stream.give_up(call_id) for stream in (self._decode, self._prefill) if stream is not None):
             self._suspect.set()
 
     def _end_session(self) -> None:
@@ -264,8 +243,8 @@ class WorkerConnection:
             error = ExpertUnavailable(self.detail)
             link.on_lost = link.on_unavailable = lambda _: None
             self._mailbox.post(lambda: link.lose(error))
-        self._outgoing = asyncio.Queue()
-        for pending in self._pending.values():
-            self._mailbox.settle(pending.completion, ExpertUnavailable(self.detail))
-        self._pending.clear()
+        for stream in (self._decode, self._prefill):
+            if stream is not None:
+                stream.fail(ExpertUnavailable(self.detail))
+        self._decode = self._prefill = None
         self._on_change()

@@ -22,6 +22,7 @@ import torch
 from consilium.frames import PROTOCOL_VERSION, decode_result, encode_call
 from consilium.local_socket import PACKET, new_socket, send_with_descriptor, socket_address
 from consilium.shared_memory import SharedMemory
+from consilium.wire import element_bytes
 from expert_service.local_listener import SUFFIX
 from gateway.local_link import open_link
 from gateway.mailbox import Mailbox
@@ -356,9 +357,10 @@ def shared_call(memory: SharedMemory, call_id: int = 1, rows: int = 200) -> expe
     """Rows and indices lie in ``memory``, at 0 and 2**18; the result goes to 2**19."""
     places = iter([0, 2**18])
 
-    def place(size: int) -> tuple[int, torch.Tensor]:
+    def place(tensor: torch.Tensor) -> int:
         offset = next(places)
-        return offset, memory.view(offset, size, "place")
+        memory.view(offset, tensor.nbytes, "place").copy_(element_bytes(tensor))
+        return offset
 
     call = encode_call(make_frame(HIDDEN, 1, [0, 3], rows), call_id, 0, place)
     call.result_offset = 2**19
@@ -432,7 +434,7 @@ def test_an_offset_has_no_place_in_a_grpc_call(worker: Process) -> None:
     result_only = encode_call(make_frame(HIDDEN, 1, [0], 1), 3)
     result_only.result_offset = 0
     with conversation(worker.address) as stream:
-        assert "there is none here" in stream.ask(shared_call(memory, 1)).error.message
+        assert "nothing is there" in stream.ask(shared_call(memory, 1)).error.message
         assert "rows: expected shape" in stream.ask(odd).error.message
         assert "there is no shared memory here" in stream.ask(result_only).error.message
         assert stream.ask(encode_call(make_frame(HIDDEN, 1, [0], 1), 4)).HasField("result")

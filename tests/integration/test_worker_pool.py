@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 from consilium.config import ExpertGroupConfig
-from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable
-from consilium.frames import PROTOCOL_VERSION, Frame
+from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, WireError
+from consilium.frames import PROTOCOL_VERSION, Frame, decode_result
 from consilium.rpc import server_options
 from consilium.wire import encode_tensor
 from gateway import worker_connection, worker_pool
@@ -62,31 +63,61 @@ def describe(experts: Iterable[int] = ALL, **fields: Any) -> expert_pb2.Describe
     return expert_pb2.DescribeResponse(layers=layers, **{**fits, **fields})
 
 
+@dataclass(eq=False)
+class Stream:
+    """One that a gateway has opened: from where, and what it is to be sent; None breaks it."""
+
+    peer: str
+    to_send: asyncio.Queue[expert_pb2.ForwardResponse | bytes | None] = field(default_factory=asyncio.Queue)
+
+
+def as_bytes(response: expert_pb2.ForwardResponse | bytes) -> bytes:
+    return response if isinstance(response, bytes) else response.SerializeToString()
+
+
+class Bare(grpc.aio.ServerInterceptor):
+    """Lets Forward answer with bytes that are no message."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.stream_stream is None:
+            return handler
+        return grpc.stream_stream_rpc_method_handler(handler.stream_stream, handler.request_deserializer, as_bytes)
+
+
 class FakeWorker(expert_pb2_grpc.ExpertServiceServicer):
     """Hands what it receives to the test and sends what the test says; Describe waits while ``answers`` is not set."""
 
     def __init__(self, description: expert_pb2.DescribeResponse) -> None:
         self.description = description
-        self.address = ""
+        self.address, self.restless = "", False  # another worker to every connection
         self.answers = asyncio.Event()
         self.answers.set()
         self.asked: asyncio.Queue[None] = asyncio.Queue()  # one for each Describe
         self.received: asyncio.Queue[expert_pb2.ForwardRequest] = asyncio.Queue()
-        self.to_send: asyncio.Queue[expert_pb2.ForwardResponse | None] = asyncio.Queue()  # None breaks the stream
+        self.streams: list[Stream] = []  # in the order of their first calls
+        self._of_call: dict[int, Stream] = {}
         self.closed: asyncio.Queue[None] = asyncio.Queue()  # one for each stream that ended
 
     async def Describe(self, request: expert_pb2.DescribeRequest, context: Context) -> expert_pb2.DescribeResponse:
         self.asked.put_nowait(None)
         await self.answers.wait()
+        if self.restless:
+            return describe(worker_id=context.peer())
         return self.description
 
     # The generated stub knows generators only; gRPC also takes coroutines that write to the context.
     async def Forward(  # type: ignore[override]
         self, requests: AsyncIterator[expert_pb2.ForwardRequest], context: Context
     ) -> None:
-        reading = asyncio.ensure_future(self._read(requests))
+        stream = Stream(context.peer())
+        reading = asyncio.ensure_future(self._read(requests, stream))
         try:
-            while (response := await self.to_send.get()) is not None:
+            while (response := await stream.to_send.get()) is not None:
                 await context.write(response)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
         finally:
@@ -98,8 +129,11 @@ class FakeWorker(expert_pb2_grpc.ExpertServiceServicer):
     ) -> expert_pb2.ForwardOnceResponse:
         raise NotImplementedError("the gateway always streams")
 
-    async def _read(self, requests: AsyncIterator[expert_pb2.ForwardRequest]) -> None:
+    async def _read(self, requests: AsyncIterator[expert_pb2.ForwardRequest], stream: Stream) -> None:
         async for request in requests:
+            if stream not in self.streams:
+                self.streams.append(stream)
+            self._of_call[request.call.call_id] = stream
             self.received.put_nowait(request)
 
     async def receive(self) -> expert_pb2.ForwardRequest:
@@ -111,11 +145,17 @@ class FakeWorker(expert_pb2_grpc.ExpertServiceServicer):
 
     def answer(self, call_id: int, value: float = 1.0) -> None:
         rows = encode_tensor(torch.full((1, MODEL.hidden_size), value))
-        self.to_send.put_nowait(expert_pb2.ForwardResponse(call_id=call_id, result=expert_pb2.Result(rows=rows)))
+        self.say(expert_pb2.ForwardResponse(call_id=call_id, result=expert_pb2.Result(rows=rows)))
+
+    def say(self, response: expert_pb2.ForwardResponse | bytes, call_id: int = 0) -> None:
+        """On the stream of the call, or on the newest one; bytes are not what gRPC expects here."""
+        if isinstance(response, expert_pb2.ForwardResponse):
+            call_id = call_id or response.call_id
+        self._of_call.get(call_id, self.streams[-1]).to_send.put_nowait(response)
 
     def refuse(self, call_id: int, code: str, message: str) -> None:
         error = expert_pb2.CallError(code=code, message=message, retryable=True)
-        self.to_send.put_nowait(expert_pb2.ForwardResponse(call_id=call_id, error=error))
+        self.say(expert_pb2.ForwardResponse(call_id=call_id, error=error))
 
 
 @asynccontextmanager
@@ -125,7 +165,7 @@ async def serving(*descriptions: expert_pb2.DescribeResponse) -> AsyncIterator[l
     servers: list[grpc.aio.Server] = []
     try:
         for description in descriptions:
-            worker, server = FakeWorker(description), grpc.aio.server(options=server_options())
+            worker, server = FakeWorker(description), grpc.aio.server(interceptors=[Bare()], options=server_options())
             expert_pb2_grpc.add_ExpertServiceServicer_to_server(worker, server)
             worker.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
             await server.start()
@@ -175,8 +215,8 @@ class Gateway:
             await self.outcome(call)
         return caught.value
 
-    def send(self, worker: FakeWorker, seconds: float = SECONDS) -> Completion[Reply]:
-        return self.views[-1].workers[worker.address].send(FRAME, time.monotonic() + seconds)
+    def send(self, worker: FakeWorker, seconds: float = SECONDS, frame: Frame = FRAME) -> Completion[Reply]:
+        return self.views[-1].workers[worker.address].send(frame, time.monotonic() + seconds)
 
 
 @asynccontextmanager
@@ -285,7 +325,7 @@ async def test_an_address_that_two_endpoints_name_stays_until_neither_does(names
             call = gateway.send(worker)
             worker.answer(await worker.receive_call())
             await gateway.outcome(call)
-            assert worker.asked.qsize() == 1  # one connection from the beginning
+            assert worker.asked.qsize() == 2  # the same two connections from the beginning
             names.known["two"] = set()
             view = await gateway.until(connected())
             await asyncio.wait_for(worker.closed.get(), SECONDS)
@@ -324,7 +364,7 @@ async def test_a_name_that_two_groups_have_may_lose_its_addresses(names: Names) 
 @pytest.mark.parametrize(
     ("fields", "detail"),
     [
-        ({"protocol_version": 7}, "its protocol version is 7, this gateway's is 1"),
+        ({"protocol_version": 7}, "its protocol version is 7, this gateway's is 2"),
         ({"model_fingerprint": "a" * 64}, f"its model fingerprint is {'a' * 16}, this gateway's is {'f' * 16}"),
         ({"quantization": "int8"}, "its quantization is int8, this gateway's is none"),
         ({"row_dtype": tensor_pb2.DTYPE_BFLOAT16}, "dtype is"),
@@ -427,12 +467,11 @@ async def test_a_call_without_an_answer_makes_the_worker_prove_itself() -> None:
         view = await gateway.until(connected(worker))
         assert {each for holders in view.placement.holders.values() for each in holders} == {worker.address}
         await asyncio.wait_for(hung.closed.get(), SECONDS)
-        for _ in range(2):
+        for _ in range(4):  # on both connections
             await asyncio.wait_for(hung.asked.get(), SECONDS)
         assert connected(worker)(gateway.views[-1])  # it was asked again, and has not answered
         while not hung.received.empty():
             hung.received.get_nowait()
-        hung.to_send = asyncio.Queue()
         hung.answers.set()
         await gateway.until(connected(hung, worker))
         call = gateway.send(hung)
@@ -474,7 +513,7 @@ async def test_a_broken_stream_settles_its_calls_and_is_opened_again() -> None:
         for _ in calls:
             await broken.receive_call()
         elsewhere = gateway.send(worker)
-        broken.to_send.put_nowait(None)
+        broken.streams[-1].to_send.put_nowait(None)
         for call in calls:
             error = await gateway.failure(call)
             assert isinstance(error, ExpertUnavailable)
@@ -485,6 +524,99 @@ async def test_a_broken_stream_settles_its_calls_and_is_opened_again() -> None:
         await gateway.until(connected(broken, worker))
         call = gateway.send(broken)
         broken.answer(await broken.receive_call())
+        await gateway.outcome(call)
+
+
+PROMPT = replace(FRAME, prefill=True)
+
+
+async def test_single_tokens_and_prompts_have_a_connection_each() -> None:
+    async with serving(describe()) as (worker,), following(worker.address) as gateway:
+        await gateway.until(connected(worker))
+        calls = [gateway.send(worker, frame=frame) for frame in (FRAME, PROMPT, FRAME, PROMPT)]
+        ids = [await worker.receive_call() for _ in calls]
+        assert len({stream.peer for stream in worker.streams}) == len(worker.streams) == 2
+        for call_id in ids:
+            worker.answer(call_id)
+        for call in calls:
+            await gateway.outcome(call)
+
+
+@pytest.mark.parametrize("broken", [FRAME, PROMPT], ids=["decode", "prefill"])
+async def test_when_one_connection_breaks_the_calls_of_both_are_had_elsewhere(broken: Frame) -> None:
+    async with serving(describe()) as (worker,), following(worker.address) as gateway:
+        await gateway.until(connected(worker))
+        calls = [gateway.send(worker, frame=broken)]
+        await worker.receive_call()
+        calls.append(gateway.send(worker, frame=PROMPT if broken is FRAME else FRAME))
+        await worker.receive_call()
+        worker.streams[0].to_send.put_nowait(None)
+        for call in calls:
+            error = await gateway.failure(call)
+            assert isinstance(error, ExpertUnavailable)
+            assert "broken by the test" in str(error)
+        await gateway.until(connected())
+        await gateway.until(connected(worker))
+
+
+async def test_behind_a_balancer_prompts_share_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    """Every connection leads to another worker: the second one is not used."""
+    async with serving(describe()) as (worker,):
+        worker.restless = True
+        with caplog.at_level("INFO", "gateway.worker_connection"):
+            async with following(worker.address) as gateway:
+                await gateway.until(connected(worker))
+                calls = [gateway.send(worker, frame=frame) for frame in (FRAME, PROMPT)]
+                ids = [await worker.receive_call() for _ in calls]
+                assert len({stream.peer for stream in worker.streams}) == 1
+                for call_id in ids:
+                    worker.answer(call_id)
+                for call in calls:
+                    await gateway.outcome(call)
+    assert "prompts share its connection" in caplog.text
+
+
+async def test_bytes_that_are_no_answer_end_the_session_and_nothing_else() -> None:
+    async with serving(describe(), describe()) as (liar, worker), following(liar.address, worker.address) as gateway:
+        await gateway.until(connected(liar, worker))
+        whole = expert_pb2.ForwardResponse(call_id=1, result=expert_pb2.Result(rows=encode_tensor(torch.ones(9))))
+        for said in (b"\xff\xff\xff", whole.SerializeToString()[:-5]):
+            call = gateway.send(liar)
+            liar.say(said, await liar.receive_call())
+            error = await gateway.failure(call)
+            assert isinstance(error, ExpertUnavailable)
+            assert "no ForwardResponse" in str(error)
+            elsewhere = gateway.send(worker)
+            worker.answer(await worker.receive_call())
+            await gateway.outcome(elsewhere)
+            await gateway.until(connected(worker))
+            await gateway.until(connected(liar, worker))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"dtype": tensor_pb2.DTYPE_FLOAT32, "shape": [1, MODEL.hidden_size], "data": bytes(4 * MODEL.hidden_size - 1)},
+        {"dtype": tensor_pb2.DTYPE_FLOAT32, "shape": [2**32 - 1, MODEL.hidden_size], "data": b""},
+        {"dtype": tensor_pb2.DTYPE_FLOAT32, "shape": [1, MODEL.hidden_size], "offset": 0},
+        {"dtype": tensor_pb2.DTYPE_FLOAT32, "shape": [1, MODEL.hidden_size], "offset": 2**64 - 4},
+        {"dtype": tensor_pb2.DTYPE_INT8, "shape": [1, MODEL.hidden_size], "data": bytes(MODEL.hidden_size)},
+    ],
+    ids=["truncated", "a huge shape", "nothing attached", "past the end", "another dtype"],
+)
+@pytest.mark.parametrize("attached", [b"", b"short"])
+async def test_rows_that_lie_are_refused_and_the_stream_goes_on(lie: dict[str, Any], attached: bytes) -> None:
+    async with serving(describe()) as (worker,), following(worker.address) as gateway:
+        await gateway.until(connected(worker))
+        call = gateway.send(worker)
+        call_id = await worker.receive_call()
+        result = expert_pb2.Result(rows=tensor_pb2.Tensor(**lie))
+        worker.say(expert_pb2.ForwardResponse(call_id=call_id, result=result, attachment=attached))
+        reply = await gateway.outcome(call)
+        with pytest.raises(WireError, match="result rows: "):
+            decode_result(reply.result, 1, MODEL.hidden_size, torch.float32, reply.memory)
+        call = gateway.send(worker)
+        worker.answer(await worker.receive_call())
         await gateway.outcome(call)
 
 

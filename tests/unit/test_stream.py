@@ -4,9 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+import torch
 
+from consilium.attachment import Attachment, Parts, unpack
 from consilium.errors import WireError
-from expert_service.stream import Answer, ForwardStream
+from consilium.frames import encode_result
+from consilium.wire import decode_tensor
+from expert_service.stream import Answer, ForwardStream, Request
 from protos.expert.v1 import expert_pb2
 from protos.tensor.v1 import tensor_pb2
 
@@ -30,33 +34,35 @@ class Caller:
         self.reading = asyncio.Event()
         self.ended = asyncio.Event()
 
-    async def requests(self) -> AsyncIterator[expert_pb2.ForwardRequest]:
+    async def requests(self) -> AsyncIterator[Request]:
         for number in range(self.count):
-            yield expert_pb2.ForwardRequest(call=expert_pb2.Call(call_id=number))
+            yield expert_pb2.ForwardRequest(call=expert_pb2.Call(call_id=number)), None
         await self.ended.wait()
 
-    def submit(self, call: expert_pb2.Call) -> Answer:
+    def submit(self, call: expert_pb2.Call, attachment: Attachment | None, parts: Parts | None) -> Answer:
+        assert attachment is None
+        assert parts is None
         if call.call_id == 77:
             raise RuntimeError("a bug")
         answer: Answer = asyncio.get_running_loop().create_future()
         self.submitted[call.call_id] = answer
         return answer
 
-    async def write(self, response: expert_pb2.ForwardResponse) -> None:
+    async def write(self, response: bytes) -> None:
         await self.reading.wait()
-        self.read.append(response)
+        self.read.append(expert_pb2.ForwardResponse.FromString(response))
 
 
 def test_calls_are_not_read_while_answers_are_not() -> None:
     async def body() -> None:
         caller = Caller(count=60)
 
-        def at_once(call: expert_pb2.Call) -> Answer:
-            answer = caller.submit(call)
+        def at_once(call: expert_pb2.Call, attachment: Attachment | None, parts: Parts | None) -> Answer:
+            answer = caller.submit(call, attachment, parts)
             answer.set_result(RESULT)
             return answer
 
-        async def requests() -> AsyncIterator[expert_pb2.ForwardRequest]:
+        async def requests() -> AsyncIterator[Request]:
             async for request in caller.requests():
                 yield request
                 await settle()  # the answer is in the queue before the next call comes
@@ -140,3 +146,37 @@ def test_a_bug_in_taking_a_call_is_an_answer(caplog: pytest.LogCaptureFixture) -
 
     asyncio.run(body())
     assert "a call for layer 0 was not taken" in caplog.text
+
+
+def test_rows_are_attached_when_the_call_came_with_an_attachment() -> None:
+    rows = torch.arange(12, dtype=torch.float32)
+
+    async def body() -> None:
+        caller, taken = Caller(count=0), list[Attachment | None]()
+        caller.reading.set()
+
+        def submit(_call: expert_pb2.Call, attachment: Attachment | None, parts: Parts | None) -> Answer:
+            taken.append(attachment)
+            answer: Answer = asyncio.get_running_loop().create_future()
+            answer.set_result(encode_result(rows, 0, 0, place=None if parts is None else parts.place))
+            return answer
+
+        attachment = Attachment(b"anything")
+
+        async def requests() -> AsyncIterator[Request]:
+            for call_id, attached in ((1, attachment), (2, None)):
+                yield expert_pb2.ForwardRequest(call=expert_pb2.Call(call_id=call_id)), attached
+
+        written = list[bytes]()
+
+        async def write(response: bytes) -> None:
+            written.append(response)
+
+        await asyncio.wait_for(ForwardStream(submit, UNREAD).run(requests(), write), 30)
+        assert taken == [attachment, None]
+        for data, is_attached in zip(written, (True, False), strict=True):
+            response, found = unpack(expert_pb2.ForwardResponse, data)
+            assert (found is not None, response.result.rows.HasField("offset")) == (is_attached, is_attached)
+            assert decode_tensor(response.result.rows, "rows", torch.float32, (12,), found).equal(rows)
+
+    asyncio.run(body())

@@ -256,6 +256,12 @@ class ForwardRequest(_message.Message):
 
     CALL_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    ATTACHMENT_FIELD_NUMBER: _builtins.int
+    padding: _builtins.bytes
+    """Ignored; it moves `attachment` to a multiple of 16 bytes, so that its numbers can be read where they lie."""
+    attachment: _builtins.bytes
+    """Where the tensors of the call lie that have an `offset`. Best written last, so that it need not be copied to be read."""
     @_builtins.property
     def call(self) -> Global___Call: ...
     @_builtins.property
@@ -265,10 +271,12 @@ class ForwardRequest(_message.Message):
         *,
         call: Global___Call | None = ...,
         cancel: Global___Cancel | None = ...,
+        padding: _builtins.bytes = ...,
+        attachment: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "kind", b"kind"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "cancel", b"cancel", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "call", b"call", "cancel", b"cancel", "kind", b"kind", "padding", b"padding"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["call", "cancel"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
@@ -341,7 +349,12 @@ class ForwardResponse(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    ATTACHMENT_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
+    padding: _builtins.bytes
+    """As in ForwardRequest; a worker attaches the rows of a result when something was attached to the call."""
+    attachment: _builtins.bytes
     @_builtins.property
     def result(self) -> Global___Result: ...
     @_builtins.property
@@ -352,10 +365,12 @@ class ForwardResponse(_message.Message):
         call_id: _builtins.int = ...,
         result: Global___Result | None = ...,
         error: Global___CallError | None = ...,
+        padding: _builtins.bytes = ...,
+        attachment: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "error", b"error", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "call_id", b"call_id", "error", b"error", "outcome", b"outcome", "padding", b"padding", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

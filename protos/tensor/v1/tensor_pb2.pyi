@@ -56,7 +56,7 @@ class Tensor(_message.Message):
     dtype: Global___Dtype.ValueType
     data: _builtins.bytes
     offset: _builtins.int
-    """On a link with shared memory, instead of `data`: the byte in that memory where the elements begin."""
+    """Instead of `data`: where the elements begin in the message's attachment, or on a link in the shared memory."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(

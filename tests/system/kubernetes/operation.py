@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import expert_service.server
+import expert_service.servicer
 import gateway.engine_launch
 import gateway.server
 import gateway.worker_pool
@@ -86,7 +87,7 @@ def probes_ask_the_right_question(cluster: Cluster) -> Iterator[str]:
     live = {"gateway": {"httpGet": {"path": "/health", "port": "http"}}, "expert": {"grpc": {"port": 50051}}}
     ready = {
         "gateway": {"httpGet": {"path": "/ready", "port": "http"}},
-        "expert": {"grpc": {"port": 50051, "service": expert_service.server.SERVICE}},
+        "expert": {"grpc": {"port": 50051, "service": expert_service.servicer.SERVICE}},
     }
     for each in services(cluster):
         for kind, wanted in (("startupProbe", live), ("livenessProbe", live), ("readinessProbe", ready)):
