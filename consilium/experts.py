@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium.checkpoint import ExpertTensors
@@ -28,10 +30,14 @@ class ExpertWeights:
     gate: Tensor | Quantized  # [F, D]
     up: Tensor | Quantized  # [F, D]
     down: Tensor | Quantized  # [D, F]
-    addresses: tuple[int, ...] = field(init=False, compare=False)  # of every tensor, in the order of content_hash
+    # Of every tensor in the order of content_hash, as kernels read it: where that table lies, and what keeps it there.
+    table: int = field(init=False, compare=False)
+    _addresses: NDArray[np.int64] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "addresses", tuple(tensor.data_ptr() for tensor in self._tensors()))
+        addresses = np.array([tensor.data_ptr() for tensor in self._tensors()], np.int64)
+        object.__setattr__(self, "_addresses", addresses)
+        object.__setattr__(self, "table", addresses.ctypes.data)
 
     def content_hash(self) -> bytes:
         """Equal for equal weights (consilium.content_hash)."""

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from consilium.errors import WireError
+from consilium.kernels.routing import in_order
 from consilium.shared_memory import SharedMemory
 from consilium.wire import WIRE_DTYPES, Memory, Place, decode_tensor, encode_tensor, nbytes
 from protos.expert.v1 import expert_pb2
@@ -74,6 +77,13 @@ def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype,
     if isinstance(memory, SharedMemory):
         indices = indices.clone()  # what has been checked must not change any more
     experts, offsets = list(call.experts), list(call.offsets)
+    if not in_order(np.array(experts, np.int64), np.array(offsets, np.int64), indices.numpy(), rows.shape[0]):
+        _say_what_is_wrong(experts, offsets, indices, rows)
+    prefill = call.traffic_class == expert_pb2.TRAFFIC_CLASS_PREFILL
+    return Frame(call.layer, rows, scales, experts, offsets, indices, prefill)
+
+
+def _say_what_is_wrong(experts: list[int], offsets: list[int], indices: Tensor, rows: Tensor) -> NoReturn:
     if any(a >= b for a, b in pairwise(experts)):
         raise WireError(f"experts: must be ascending and distinct, found {experts[:16]}")
     if len(offsets) != len(experts) + 1 or offsets[0] != 0 or offsets[-1] != indices.numel():
@@ -84,12 +94,8 @@ def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype,
         raise WireError(f"offsets: must not fall, found {offsets[:16]}")
     if any(b - a > rows.shape[0] for a, b in pairwise(offsets)):
         raise WireError(f"offsets: an expert computes a row once, found {offsets[:16]} over {rows.shape[0]} rows")
-    if indices.numel():
-        low, high = (int(each) for each in indices.aminmax())
-        if not 0 <= low <= high < rows.shape[0]:
-            raise WireError(f"indices: must lie in 0..{rows.shape[0] - 1}, found {low}..{high}")
-    prefill = call.traffic_class == expert_pb2.TRAFFIC_CLASS_PREFILL
-    return Frame(call.layer, rows, scales, experts, offsets, indices, prefill)
+    low, high = (int(each) for each in indices.aminmax())
+    raise WireError(f"indices: must lie in 0..{rows.shape[0] - 1}, found {low}..{high}")
 
 
 def decode_result(

@@ -5,12 +5,14 @@ Letters: P (token, expert) pairs, M experts, D hidden size, F expert FFN size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium import parallel
@@ -18,6 +20,7 @@ from consilium.checkpoint import ExpertTensors
 from consilium.experts import ARITHMETIC_VERSION, ExpertWeights
 from consilium.integer_product import IntegerProduct
 from consilium.kernels import experts as kernel
+from consilium.kernels.int8_tile import Kind
 from consilium.quantization import Quantized, quantize_weight
 from consilium.silu import silu_and_multiply
 
@@ -81,23 +84,44 @@ class Int8Arithmetic:
         """The output rows ``start`` to ``end`` of each part, written into ``out`` [P, D]."""
         gate = _matrices(parts[0][0])[0]
         expert_size, hidden_size = gate.values.shape
-        table = np.array([weights.addresses for weights, _, _ in parts], np.int64)  # [M, 6]
+        tables = np.array([weights.table for weights, _, _ in parts], np.int64)  # [M]
         ranges = np.array([part[1:] for part in parts], np.int64)  # [M, 2]
         count = min(len(parts), parallel.count_slices(3 * expert_size * hidden_size * len(parts)))
         bounds = [len(parts) * part // count for part in range(count + 1)]
-        slices: list[Callable[[], None]] = []
-        for first, last in pairwise(bounds):
-            scratch = torch.empty(kernel.scratch_bytes(hidden_size, expert_size), dtype=torch.int8)
-            chosen = 0 if indices is None else indices.data_ptr()
-            rows = x.values.data_ptr(), x.scales.data_ptr(), chosen
-            sizes = hidden_size, expert_size, scratch.data_ptr(), out.data_ptr()
-            addresses = table.ctypes.data, ranges.ctypes.data, first, last
-            slices.append(partial(_run, scratch, self._product.kind, *addresses, *rows, *sizes))
-        parallel.run(slices)
+        chosen = 0 if indices is None else indices.data_ptr()
+        rows = x.values.data_ptr(), x.scales.data_ptr(), chosen
+        parallel.run(
+            [
+                partial(
+                    _run, self._product.kind, (tables, ranges), (first, last), rows, (hidden_size, expert_size), out
+                )
+                for first, last in pairwise(bounds)
+            ]
+        )
 
 
-def _run(scratch: Tensor, *arguments: object) -> None:  # noqa: ARG001 (kept alive until the kernel is done)
-    kernel.compute(*arguments)
+class _Scratch(threading.local):
+    """Memory of each thread for what is between the products: the system would commit its pages anew at every call."""
+
+    memory = torch.empty(0, dtype=torch.int8)
+
+
+_scratch = _Scratch()
+
+
+def _run(
+    kind: Kind,
+    of_experts: tuple[NDArray[np.int64], NDArray[np.int64]],
+    span: tuple[int, int],
+    rows: tuple[int, int, int],
+    sizes: tuple[int, int],
+    out: Tensor,
+) -> None:
+    needed = kernel.scratch_bytes(*sizes)
+    if len(_scratch.memory) < needed:
+        _scratch.memory = torch.empty(needed, dtype=torch.int8)
+    tables, ranges = (each.ctypes.data for each in of_experts)
+    kernel.compute(kind, tables, ranges, *span, *rows, *sizes, _scratch.memory.data_ptr(), out.data_ptr())
 
 
 def _chosen(x: Quantized, indices: Tensor | None, start: int, end: int) -> Quantized:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, InvalidRequest
 from consilium.frames import Frame, decode_result
-from consilium.kernels.routing import select
+from consilium.kernels.routing import owned, select
 from consilium.wire import Memory
 from gateway.batches import ExpertBatches, scatter
 from gateway.expert_meter import ExpertMeter
@@ -144,11 +145,12 @@ class Dispatcher:
         """Positions (in ``batches.experts``) for each address, and those without a holder; None wants all."""
         if wanted is None:
             addresses, owners = self.placement.sole_holders(layer)
-            if len(owners) > batches.experts[-1]:
-                owner = owners[batches.experts]  # [M]
-                if owner.min() >= 0:
-                    found = {address: np.flatnonzero(owner == each) for each, address in enumerate(addresses)}
-                    return {address: positions for address, positions in found.items() if len(positions)}, []
+            positions, starts = owned(owners, batches.experts, len(addresses))
+            if len(positions):
+                parts = zip(addresses, pairwise(starts.tolist()), strict=True)
+                plan = {address: positions[start:stop] for address, (start, stop) in parts if start < stop}
+                # Whoever has most to do begins first.
+                return dict(sorted(plan.items(), key=lambda part: -len(part[1]))), []
             wanted = list(range(len(batches.experts)))
         holders = {}
         for position in wanted:

@@ -37,6 +37,8 @@ def compile_all() -> None:
     numbers = np.zeros(2, np.int64)
     routing.group(numbers, 1)
     routing.select(numbers, numbers, numbers[:1], 1)
+    routing.owned(numbers, numbers, 1)
+    routing.in_order(numbers, numbers, np.zeros(1, np.int32), 1)
     routing.weighted_sum(at, at, 1, 1, _SIZE, at)
     for form in (FLOAT32, BFLOAT16):
         routing.scatter(form, at, 1, _SIZE, numbers.ctypes.data, at)

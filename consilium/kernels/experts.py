@@ -46,12 +46,12 @@ def compute(
     scratch: int,
     out: int,
 ) -> None:
-    """Experts ``first`` to ``last`` of ``weights`` int64 [M, 6].
+    """Experts ``first`` to ``last`` of ``weights`` int64 [M], each the address of a table int64 [6].
 
     float32 [P, D] at ``out`` from int8 rows [P, D] and scales [P], or, where ``indices`` int32 [P] is not 0, from those
     of [U, D] and [U] that they point at. Expert i computes the rows from ranges[i, 0] to ranges[i, 1] (int64 [M, 2]).
     """
-    table, bounds = longs(weights, last * WEIGHTS), longs(ranges, last * 2)
+    tables, bounds = longs(weights, last), longs(ranges, last * 2)
     gate = scratch
     up = gate + 4 * BLOCK * expert_size
     hidden_scales = up + 4 * BLOCK * expert_size
@@ -59,7 +59,7 @@ def compute(
     hidden = own_scales + 4 * BLOCK
     own_rows = hidden + BLOCK * expert_size
     for expert in range(first, last):
-        own = table[expert * WEIGHTS : (expert + 1) * WEIGHTS]
+        own = longs(tables[expert], WEIGHTS)
         for start in range(bounds[2 * expert], bounds[2 * expert + 1], BLOCK):
             count = min(BLOCK, bounds[2 * expert + 1] - start)
             x, x_scales = rows + start * hidden_size, scales + 4 * start

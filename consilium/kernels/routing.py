@@ -78,6 +78,45 @@ def select(offsets: Any, tokens: Any, positions: Any, rows: int) -> Any:
 
 
 @kernel
+def owned(owners: Any, experts: Any, workers: int) -> Any:
+    """Who computes the ``experts`` [M] when owners[expert] is the only worker that holds it.
+
+    Their positions [M], worker by worker, and starts [workers + 1], where those of each worker begin. Both are empty
+    where an expert has no owner.
+    """
+    starts = np.zeros(workers + 1, np.int64)
+    for expert in experts:
+        if expert >= owners.shape[0] or owners[expert] < 0:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        starts[owners[expert] + 1] += 1
+    for worker in range(workers):
+        starts[worker + 1] += starts[worker]
+    found, positions = starts.copy(), np.empty(experts.shape[0], np.int64)
+    for position in range(experts.shape[0]):
+        owner = owners[experts[position]]
+        positions[found[owner]] = position
+        found[owner] += 1
+    return positions, starts
+
+
+@kernel
+def in_order(experts: Any, offsets: Any, indices: Any, rows: int) -> bool:
+    """Whether a frame of so many rows is one: experts int64 [M], offsets int64 [M + 1], indices int32 [P]."""
+    asked = experts.shape[0]
+    if offsets.shape[0] != asked + 1 or offsets[0] != 0 or offsets[asked] != indices.shape[0]:
+        return False
+    for each in range(asked):
+        if each > 0 and experts[each - 1] >= experts[each]:
+            return False
+        if not 0 <= offsets[each + 1] - offsets[each] <= rows:
+            return False
+    outside = 0
+    for index in indices:
+        outside += index < 0 or index >= rows
+    return outside == 0
+
+
+@kernel
 def scatter(form: Any, rows: int, count: int, size: int, slots: int, out: int) -> None:
     """Row i of ``rows`` [P, D], float32 or bfloat16, becomes row slots[i] of float32 ``out``."""
     places = longs(slots, count)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.tiny_tokenizer import save_tokenizer
+
+# The first example may have to wait until a kernel is compiled.
+settings.register_profile("consilium", deadline=None)
+settings.load_profile("consilium")
 
 
 @pytest.fixture(scope="session")
