@@ -27,7 +27,7 @@ from bench.machine import describe
 from bench.report import write
 from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
-from consilium.config import Quantization
+from consilium.config import Config, Quantization
 from consilium.gate import Routing, softmax_top_k
 from consilium.integer_product import find_integer_product
 from consilium.models import resolve_model
@@ -130,7 +130,8 @@ def measure(checkpoint: Checkpoint, steps: int) -> list[dict[str, Any]]:
 
     def model(experts: Quantization, arithmetic: Arithmetic) -> Model:
         config = checkpoint.config
-        source = LocalExperts(checkpoint, find_arithmetic(experts, "float32", config.hidden_size, config.expert_size))
+        dtype = Config(quantization=experts).reply_dtype
+        source = LocalExperts(checkpoint, find_arithmetic(experts, dtype, config.hidden_size, config.expert_size))
         return Model(checkpoint, arithmetic, source)
 
     int8 = model("int8", Arithmetic(torch.float32, product, product))

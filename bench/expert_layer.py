@@ -59,6 +59,7 @@ async def layer(gateway: Gateway, x: Tensor, routing: Routing) -> Tensor:
     for error in failures.values():
         raise error
     combined = combine(outputs, routing)
+    outputs.release()
     clock.mark("combine")
     return combined
 
@@ -114,8 +115,8 @@ def measure(model: Path, shape: LayerShape, workers: int, options: argparse.Name
         for _ in range(INPUTS)
     ]
     with (
-        expert_workers(model, workers, options.threads, options.dtype) as processes,
-        connected(model, [each.address for each in processes], options.dtype, not options.grpc) as gateway,
+        expert_workers(model, workers, options.threads) as processes,
+        connected(model, [each.address for each in processes], not options.grpc) as gateway,
     ):
         single_layers(gateway, inputs, options.warmup)
         start, busy = time.perf_counter(), _cpu_seconds(processes)
@@ -209,9 +210,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=128, metavar="E")
     parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="2; 1 2 4 8 with --throughput")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each worker; 1")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the rows that come back"
-    )
     parser.add_argument("--grpc", action="store_true", help="over gRPC, as between hosts, and not over local links")
     parser.add_argument("--calls", type=int, default=100, metavar="N", help="measured layers; 100")
     parser.add_argument("--warmup", type=int, default=5, metavar="N")

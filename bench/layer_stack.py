@@ -70,9 +70,9 @@ def random_layer(shape: LayerShape) -> Iterator[Path]:
 
 
 @contextmanager
-def expert_workers(model: Path, count: int, threads: int, dtype: str) -> Iterator[list[Process]]:
+def expert_workers(model: Path, count: int, threads: int) -> Iterator[list[Process]]:
     """``count`` int8 workers that share the experts out evenly."""
-    common = ["--model", str(model), "--dtype", dtype, "--threads", str(threads)]
+    common = ["--model", str(model), "--threads", str(threads)]
     with ExitStack() as cleanup:
         yield [
             cleanup.enter_context(running(worker_argv(held, *common)))
@@ -82,15 +82,14 @@ def expert_workers(model: Path, count: int, threads: int, dtype: str) -> Iterato
 
 @contextmanager
 def connected(
-    model: Path, endpoints: Sequence[str], dtype: str, local_links: bool, quantization: str = "int8"
+    model: Path, endpoints: Sequence[str], local_links: bool, quantization: str = "int8"
 ) -> Iterator[Gateway]:
     """A dispatcher over the workers at ``endpoints``, wired as the engine's process wires it."""
     groups = {"experts": {"endpoint": list(endpoints)}}
-    config = Config.model_validate(
-        {"model": str(model), "dtype": dtype, "quantization": quantization, "experts": groups}
-    )
+    config = Config.model_validate({"model": str(model), "quantization": quantization, "experts": groups})
     checkpoint = Checkpoint(model)
-    dispatcher = Dispatcher(ROW_DTYPES[dtype], config.gateway.layer_timeout, ExpertMeter(checkpoint.config))
+    reply_dtype = ROW_DTYPES[config.reply_dtype]
+    dispatcher = Dispatcher(reply_dtype, config.gateway.layer_timeout, ExpertMeter(checkpoint.config))
 
     def handle(event: object) -> None:
         assert isinstance(event, View)
@@ -102,7 +101,7 @@ def connected(
     expectations = Expectations(
         checkpoint.fingerprint,
         quantization,
-        WIRE_DTYPES[ROW_DTYPES[dtype]],
+        WIRE_DTYPES[reply_dtype],
         checkpoint.config.hidden_size,
         local_links=local_links,
     )

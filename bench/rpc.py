@@ -119,7 +119,7 @@ def main() -> int:
         flags = ["--model", str(model), "--quantization", "none", "--dtype", "float32", "--threads", "1", "--port", "0"]
         with running(["bench.echo_worker", *flags]) as worker:
             for way, links in (("local", True), ("gRPC", False)):
-                with connected(model, [worker.address], "float32", links, "none") as gateway:
+                with connected(model, [worker.address], links, "none") as gateway:
                     for size in options.sizes:
                         found = distribution(seconds(calls(gateway, size), options.calls))
                         figures.append({"way": way, "bytes": size, "seconds": found})

@@ -169,6 +169,11 @@ class Config(Section):
     cache: CacheConfig | None = Field(None, description="absent: no expert output is kept")
     log: LogConfig = LogConfig()
 
+    @property
+    def reply_dtype(self) -> RowDType:
+        """Of the rows that workers answer with: in int8 two bytes hold all that is exact about them."""
+        return "bfloat16" if self.quantization == "int8" else self.dtype
+
     @field_validator("cache")
     @classmethod
     def _check_cache(cls, value: CacheConfig | None, info: ValidationInfo) -> CacheConfig | None:

@@ -20,6 +20,7 @@ from consilium.checkpoint import ExpertTensors
 from consilium.experts import ARITHMETIC_VERSION, ExpertWeights
 from consilium.integer_product import IntegerProduct
 from consilium.kernels import experts as kernel
+from consilium.kernels.float_tile import BFLOAT16, FLOAT32
 from consilium.kernels.int8_tile import Kind
 from consilium.quantization import Quantized, quantize_weight
 from consilium.silu import silu_and_multiply
@@ -56,9 +57,7 @@ class Int8Arithmetic:
         if scales is None:
             raise TypeError("int8 rows come with scales")
         x = Quantized(rows.contiguous(), scales.contiguous())
-        shape = offsets[-1], rows.shape[1]
-        direct = out is not None and out.dtype is torch.float32
-        found = out if out is not None and direct else torch.empty(shape)  # [P, D] float32
+        found = out if out is not None else torch.empty(offsets[-1], rows.shape[1], dtype=self.reply_dtype)  # [P, D]
         few: list[tuple[ExpertWeights, int, int]] = []
         for weights, (start, end) in zip(experts, pairwise(offsets), strict=True):
             if start < end and self._product.takes_many(end - start):
@@ -67,9 +66,7 @@ class Int8Arithmetic:
                 few.append((weights, start, end))
         if few:
             self._compute_few(few, x, indices, found)
-        if out is None:
-            return found.to(self.reply_dtype)
-        return out if direct else out.copy_(found)
+        return found
 
     def _compute_many(self, weights: ExpertWeights, x: Quantized) -> Tensor:
         """Output rows [P, D] of one expert."""
@@ -121,7 +118,8 @@ def _run(
     if len(_scratch.memory) < needed:
         _scratch.memory = torch.empty(needed, dtype=torch.int8)
     tables, ranges = (each.ctypes.data for each in of_experts)
-    kernel.compute(kind, tables, ranges, *span, *rows, *sizes, _scratch.memory.data_ptr(), out.data_ptr())
+    form = FLOAT32 if out.dtype is torch.float32 else BFLOAT16
+    kernel.compute(kind, form, tables, ranges, *span, *rows, *sizes, _scratch.memory.data_ptr(), out.data_ptr())
 
 
 def _chosen(x: Quantized, indices: Tensor | None, start: int, end: int) -> Quantized:

@@ -58,7 +58,7 @@ class Worker:
         layers = select_layers(config.worker.layers, self.model)
         experts = select_experts(config.worker.experts, self.model)
         self.arithmetic: Arithmetic = find_arithmetic(
-            config.quantization, config.dtype, self.model.hidden_size, self.model.expert_size
+            config.quantization, config.reply_dtype, self.model.hidden_size, self.model.expert_size
         )
         self.store: ExpertStore = load_store(self.checkpoint, layers, experts, self.arithmetic)
 

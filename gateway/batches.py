@@ -5,7 +5,7 @@ Letters: T tokens of the step, D hidden size, K experts per token, M experts ask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,16 +67,51 @@ def keep_tokens(batches: ExpertBatches, tokens: Sequence[int]) -> ExpertBatches:
     )
 
 
-def scatter(rows: Tensor, slots: NDArray[np.int64], outputs: Tensor) -> None:
-    """Put rows [P, D], float32 or bfloat16, into their ``slots`` [P] of outputs [T * K, D] float32."""
-    form = FLOAT32 if rows.dtype is torch.float32 else BFLOAT16
-    kernel.scatter(form, rows.data_ptr(), *rows.shape, slots.ctypes.data, outputs.data_ptr())
+class ExpertOutputs:
+    """The output rows of a layer, wherever they lie: one for each of T * K places, zeros where there is none."""
+
+    def __init__(self, places: int, hidden_size: int, dtype: torch.dtype) -> None:
+        """``dtype`` is that of all rows: float32 or bfloat16."""
+        self.hidden_size, self.dtype = hidden_size, dtype
+        self.addresses = np.zeros(places, np.int64)
+        self._memory: list[Tensor] = []  # that the rows lie in
+        self._releases: list[Callable[[], None]] = []
+
+    def place(self, rows: Tensor, slots: NDArray[np.int64], release: Callable[[], None] | None = None) -> None:
+        """Rows [P, D] are those of ``slots`` [P]; ``release`` is called when nobody needs them any more."""
+        rows = rows.contiguous()
+        self._memory.append(rows)
+        if release is not None:
+            self._releases.append(release)
+        size = self.hidden_size * rows.itemsize
+        begin = rows.data_ptr()
+        self.addresses[slots] = np.arange(begin, begin + len(slots) * size, size)
+
+    def drop(self, slots: NDArray[np.int64]) -> None:
+        """There is no row for these."""
+        self.addresses[slots] = 0
+
+    def rows(self, slots: NDArray[np.int64]) -> Tensor:
+        """A copy of the rows of ``slots`` [P]: [P, D]."""
+        found = torch.empty(len(slots), self.hidden_size, dtype=self.dtype)
+        addresses = self.addresses[slots]
+        size = self.hidden_size * found.itemsize
+        kernel.gather(addresses.ctypes.data, len(addresses), size, found.data_ptr())
+        return found
+
+    def release(self) -> None:
+        """Nobody needs the rows any more."""
+        releases, self._releases, self._memory = self._releases, [], []
+        for release in releases:
+            release()
 
 
-def combine(outputs: Tensor, routing: Routing) -> Tensor:
-    """Weighted sum of outputs [T * K, D] over K, one expert after the other in ascending id -> [T, D] float32."""
+def combine(outputs: ExpertOutputs, routing: Routing) -> Tensor:
+    """Weighted sum over K, one expert after the other in ascending id -> [T, D] float32."""
     tokens, top_k = routing.ids.shape
-    weights, rows = routing.weights.contiguous(), outputs.contiguous()
-    total = torch.empty(tokens, outputs.shape[1])
-    kernel.weighted_sum(rows.data_ptr(), weights.data_ptr(), tokens, top_k, outputs.shape[1], total.data_ptr())
+    weights = routing.weights.contiguous()
+    total = torch.empty(tokens, outputs.hidden_size)
+    form = FLOAT32 if outputs.dtype is torch.float32 else BFLOAT16
+    places = outputs.addresses.ctypes.data, weights.data_ptr()
+    kernel.weighted_sum(form, *places, tokens, top_k, outputs.hidden_size, total.data_ptr())
     return total

@@ -15,13 +15,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, InvalidRequest
+from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, InvalidRequest, WireError
 from consilium.frames import Frame, decode_result
 from consilium.kernels.routing import owned, select
 from consilium.wire import Memory
-from gateway.batches import ExpertBatches, scatter
+from gateway.batches import ExpertBatches, ExpertOutputs
 from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion
 from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
@@ -67,8 +66,8 @@ class Worker(Protocol):
 class ExpertSource(Protocol):
     """Where the outputs of experts come from."""
 
-    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
-        """Outputs [T * K, D] float32 in the places of ``batches.slots``, and why rows (by index) have none."""
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
+        """The output rows of ``batches.slots``, until they are released, and why rows (by index) have none."""
         ...
 
 
@@ -84,15 +83,14 @@ class Dispatcher:
         self._work: dict[str, _Work] = {}
         self._turn = 0
 
-    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
-        """Outputs [T * K, D] float32 in the places of ``batches.slots``, and why rows (by index) have none.
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
+        """The output rows of ``batches.slots``, until they are released, and why rows (by index) have none.
 
         A frame whose worker fails is sent again to other holders of its experts; what nobody answers for by the
         layer's deadline is missing for the rows that need it, and for no others.
         """
         self.meter.add(layer, batches)
-        make = torch.empty if len(batches.slots) == batches.places else torch.zeros  # what nobody asks for stays 0
-        outputs = make(batches.places, batches.rows.shape[1])
+        outputs = ExpertOutputs(batches.places, batches.rows.shape[1], self._row_dtype)
         failures: dict[int, Exception] = {}
         excluded: dict[str, ConsiliumError] = {}
         deadline = time.monotonic() + self._layer_timeout
@@ -162,19 +160,20 @@ class Dispatcher:
         return {address: np.array(positions) for address, positions in plan.items()}, orphans
 
     async def _collect(
-        self, worker: Worker, call: Completion[Reply], outputs: Tensor, slots: NDArray[np.int64], waits: _Waits
+        self, worker: Worker, call: Completion[Reply], outputs: ExpertOutputs, slots: NDArray[np.int64], waits: _Waits
     ) -> None:
-        """Put the rows that ``call`` brings into their ``slots`` [P] of ``outputs`` [T * K, D]."""
+        """The rows that ``call`` brings are those of ``slots`` [P]."""
         try:
             reply = await call
         finally:
             waits.seconds += self.clock.mark("wire")
         waits.add(reply.result)
         try:
-            rows = decode_result(reply.result, len(slots), outputs.shape[1], self._row_dtype, reply.memory)  # [P, D]
-            scatter(rows, slots, outputs)
-        finally:
+            rows = decode_result(reply.result, len(slots), outputs.hidden_size, self._row_dtype, reply.memory)  # [P, D]
+        except WireError:
             reply.release()
+            raise
+        outputs.place(rows, slots, reply.release)
         self._of(worker).add(reply, len(slots))
         self.clock.mark("decode")
 
@@ -186,10 +185,10 @@ class Dispatcher:
 
     @staticmethod
     def _fail(
-        batches: ExpertBatches, position: int, error: Exception, failures: dict[int, Exception], outputs: Tensor
+        batches: ExpertBatches, position: int, error: Exception, failures: dict[int, Exception], outputs: ExpertOutputs
     ) -> None:
         pairs = slice(batches.offsets[position], batches.offsets[position + 1])
-        outputs[torch.from_numpy(batches.slots[pairs])] = 0
+        outputs.drop(batches.slots[pairs])
         for row in batches.tokens[pairs]:
             failures.setdefault(int(row), error)
 

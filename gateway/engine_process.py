@@ -62,14 +62,14 @@ class EngineProcess:
         self._link.settimeout(SEND_TIMEOUT)
         self._config = config
         self._checkpoint = Checkpoint(resolve_model(config.model))
-        dtype = ROW_DTYPES[config.dtype]
+        dtype, reply_dtype = ROW_DTYPES[config.dtype], ROW_DTYPES[config.reply_dtype]
         _check_deployment(config, self._checkpoint.config)
         self._mailbox = Mailbox(self._handle)
         self._meter = ExpertMeter(self._checkpoint.config)
-        self._dispatcher = Dispatcher(dtype, config.gateway.layer_timeout, self._meter)
+        self._dispatcher = Dispatcher(reply_dtype, config.gateway.layer_timeout, self._meter)
         pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
         store = KVStore(pool, prefix_cache=config.gateway.prefix_cache)
-        self._cache = self._make_cache(dtype)
+        self._cache = self._make_cache(reply_dtype)
         self._engine = Engine(
             Model(
                 self._checkpoint,
@@ -165,7 +165,7 @@ class EngineProcess:
         expectations = Expectations(
             model_fingerprint=checkpoint.fingerprint,
             quantization=config.quantization,
-            row_dtype=WIRE_DTYPES[ROW_DTYPES[config.dtype]],
+            row_dtype=WIRE_DTYPES[ROW_DTYPES[config.reply_dtype]],
             hidden_size=checkpoint.config.hidden_size,
             local_links=config.gateway.local_links,
         )
@@ -206,7 +206,7 @@ def _check_deployment(config: Config, model: ModelConfig) -> None:
     """Raises ConfigError for what would otherwise fail with the first request, or never become ready."""
     if not config.experts and model.expert_layers():
         raise ConfigError("experts: no group is configured; name at least one with its endpoint, grpc://HOST:PORT")
-    row = model.hidden_size * ROW_DTYPES[config.dtype].itemsize
+    row = model.hidden_size * ROW_DTYPES[config.reply_dtype].itemsize
     most = config.worker.max_frame // (row * model.top_k)
     if config.gateway.max_step_tokens > most:  # when one worker holds all the experts of a step's tokens
         raise ConfigError(

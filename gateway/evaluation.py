@@ -87,7 +87,9 @@ class Evaluated:
 
     def __init__(self, checkpoint: Checkpoint, mode: Mode, dtype: RowDType) -> None:
         config = checkpoint.config
-        of_experts = find_expert_arithmetic(mode.experts, dtype, config.hidden_size, config.expert_size)
+        of_experts = find_expert_arithmetic(
+            mode.experts, mode.config(dtype).reply_dtype, config.hidden_size, config.expert_size
+        )
         self._config, self._arithmetic = config, find_arithmetic(mode.config(dtype), config)
         self._model = Model(checkpoint, self._arithmetic, LocalExperts(checkpoint, of_experts))
 

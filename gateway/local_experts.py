@@ -6,11 +6,10 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
 from consilium.experts import Arithmetic, ExpertWeights
-from gateway.batches import ExpertBatches
+from gateway.batches import ExpertBatches, ExpertOutputs
 
 T = TypeVar("T")
 
@@ -22,14 +21,14 @@ class LocalExperts:
         self._checkpoint, self._arithmetic = checkpoint, arithmetic
         self._held: dict[tuple[int, int], ExpertWeights] = {}
 
-    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
-        """Outputs [T * K, D] float32 in the places of ``batches.slots``; nothing fails."""
-        outputs = torch.empty(batches.places, batches.rows.shape[1])
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
+        """The output rows of ``batches.slots``; nothing fails."""
+        outputs = ExpertOutputs(batches.places, batches.rows.shape[1], self._arithmetic.reply_dtype)
         experts = [self._expert(layer, int(expert)) for expert in batches.experts]
         tokens = torch.from_numpy(batches.tokens)
         scales = None if batches.scales is None else batches.scales[tokens]
         found = self._arithmetic.compute(experts, batches.offsets.tolist(), batches.rows[tokens], scales)  # [P, D]
-        outputs[torch.from_numpy(batches.slots)] = found.float()
+        outputs.place(found, batches.slots)
         return outputs, {}
 
     def _expert(self, layer: int, expert: int) -> ExpertWeights:

@@ -46,6 +46,7 @@ class MoELayer:
         outputs, failures = await self._experts.dispatch(self._layer, batches)
         batch.failures.update(failures)
         combined = combine(outputs, routing).to(x.dtype)
+        outputs.release()
         self._clock.mark("combine")
         return combined
 

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as nn
 from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
-from consilium.config import RowDType
 from consilium.frames import Frame, encode_result
+from gateway.batches import ExpertOutputs
 from gateway.dispatcher import Dispatcher, Reply
 from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion, Mailbox
@@ -32,15 +33,29 @@ def reference_rows(checkpoint: Checkpoint, frame: Frame) -> Tensor:
     return torch.cat(rows)
 
 
+def outputs_of(rows: Tensor) -> ExpertOutputs:
+    """Outputs with these rows [T * K, D] in their places."""
+    outputs = ExpertOutputs(len(rows), rows.shape[1], rows.dtype)
+    outputs.place(rows, np.arange(len(rows)))
+    return outputs
+
+
+def rows_of(outputs: ExpertOutputs) -> Tensor:
+    """All rows [T * K, D]; the outputs are released."""
+    rows = outputs.rows(np.arange(len(outputs.addresses)))
+    outputs.release()
+    return rows
+
+
 Compute = Callable[[Frame], Tensor]  # output rows [P, D] of a frame
 
 
 class Int8Rows:
     """What an int8 worker answers: the arithmetic of the expert service, with every expert at hand."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: RowDType = "float32") -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
-        self._arithmetic = find_arithmetic("int8", dtype, config.hidden_size, config.expert_size)
+        self._arithmetic = find_arithmetic("int8", "bfloat16", config.hidden_size, config.expert_size)
         self._experts = {
             (layer, expert): self._arithmetic.prepare(checkpoint.expert(layer, expert))
             for layer in config.expert_layers()

@@ -27,7 +27,8 @@ def compile_all() -> None:
     one = np.float32(1)
     for kind in candidates():
         linear.multiply(kind, at, at, 1, at, at, _SIZE, _SIZE, at, _SIZE)
-        experts.compute(kind, at, at, 0, 0, at, at, at, _SIZE, _SIZE, at, at)
+        for form in (FLOAT32, BFLOAT16):
+            experts.compute(kind, form, at, at, 0, 0, at, at, at, _SIZE, _SIZE, at, at)
     linear.quantize(at, 1, _SIZE, at, at)
     linear.rescale_rows(at, at, 1, at, _SIZE, at)
     arithmetic.exp_all(at, 1, at)
@@ -39,9 +40,9 @@ def compile_all() -> None:
     routing.select(numbers, numbers, numbers[:1], 1)
     routing.owned(numbers, numbers, 1)
     routing.in_order(numbers, numbers, np.zeros(1, np.int32), 1)
-    routing.weighted_sum(at, at, 1, 1, _SIZE, at)
+    routing.gather(numbers.ctypes.data, 1, _SIZE, at)
     for form in (FLOAT32, BFLOAT16):
-        routing.scatter(form, at, 1, _SIZE, numbers.ctypes.data, at)
+        routing.weighted_sum(form, numbers.ctypes.data, at, 1, 1, _SIZE, at)
         attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, 0, 1)
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from consilium.kernels.arithmetic import quantize_row, silu_and_multiply
-from consilium.kernels.compiler import bytes_, floats, ints, kernel, longs
+from consilium.kernels.arithmetic import quantize_row, silu_and_multiply, to_bfloat16
+from consilium.kernels.compiler import bytes_, floats, halves, ints, kernel, longs
 from consilium.kernels.linear import BLOCK, multiply
 
 WEIGHTS = 6  # addresses an expert has: values and scales of gate, up and down
 
 
 def scratch_bytes(hidden_size: int, expert_size: int) -> int:
-    """Memory that ``compute`` needs for itself: rows in a block's order, gate and up as floats, hidden rows as int8."""
-    return BLOCK * (hidden_size + 4 + 4 * expert_size + 4 * expert_size + expert_size + 4)
+    """Memory that ``compute`` needs for itself.
+
+    Rows in a block's order, gate and up as floats, hidden rows as int8, and output rows that are still float32.
+    """
+    return BLOCK * (hidden_size + 4 + 4 * expert_size + 4 * expert_size + expert_size + 4 + 4 * hidden_size)
 
 
 @kernel
@@ -32,8 +35,17 @@ def gather(rows: int, scales: int, indices: int, first: int, count: int, size: i
 
 
 @kernel
+def round_rows(rows: int, size: int, out: int) -> None:
+    """bfloat16 [size] at ``out`` from float32 at ``rows``."""
+    values, halved = floats(rows, size), halves(out, size)
+    for i in range(size):
+        halved[i] = to_bfloat16(values[i])
+
+
+@kernel
 def compute(
     kind: Any,
+    form: Any,
     weights: int,
     ranges: int,
     first: int,
@@ -48,8 +60,9 @@ def compute(
 ) -> None:
     """Experts ``first`` to ``last`` of ``weights`` int64 [M], each the address of a table int64 [6].
 
-    float32 [P, D] at ``out`` from int8 rows [P, D] and scales [P], or, where ``indices`` int32 [P] is not 0, from those
-    of [U, D] and [U] that they point at. Expert i computes the rows from ranges[i, 0] to ranges[i, 1] (int64 [M, 2]).
+    float32 or bfloat16 [P, D] at ``out``, as ``form`` says, from int8 rows [P, D] and scales [P], or, where ``indices``
+    int32 [P] is not 0, from those of [U, D] and [U] that they point at. Expert i computes the rows from ranges[i, 0] to
+    ranges[i, 1] (int64 [M, 2]).
     """
     tables, bounds = longs(weights, last), longs(ranges, last * 2)
     gate = scratch
@@ -58,6 +71,7 @@ def compute(
     own_scales = hidden_scales + 4 * BLOCK
     hidden = own_scales + 4 * BLOCK
     own_rows = hidden + BLOCK * expert_size
+    wide = own_rows + BLOCK * hidden_size
     for expert in range(first, last):
         own = longs(tables[expert], WEIGHTS)
         for start in range(bounds[2 * expert], bounds[2 * expert + 1], BLOCK):
@@ -73,5 +87,7 @@ def compute(
                 gate_row = floats(gate + 4 * row * expert_size, expert_size)
                 silu_and_multiply(gate_row, floats(up + 4 * row * expert_size, expert_size), gate_row)
                 found[row] = quantize_row(gate_row, bytes_(hidden + row * expert_size, expert_size))
-            target = out + 4 * start * hidden_size
+            target = out + 4 * start * hidden_size if len(form) == 0 else wide
             multiply(kind, hidden, hidden_scales, count, own[4], own[5], hidden_size, expert_size, target, hidden_size)
+            if len(form) != 0:
+                round_rows(wide, count * hidden_size, out + 2 * start * hidden_size)

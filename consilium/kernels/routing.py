@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from consilium.kernels.arithmetic import from_bfloat16
-from consilium.kernels.compiler import floats, halves, kernel, longs
+from consilium.kernels.compiler import bytes_, floats, halves, kernel, longs
 
 
 @kernel
@@ -117,32 +117,38 @@ def in_order(experts: Any, offsets: Any, indices: Any, rows: int) -> bool:
 
 
 @kernel
-def scatter(form: Any, rows: int, count: int, size: int, slots: int, out: int) -> None:
-    """Row i of ``rows`` [P, D], float32 or bfloat16, becomes row slots[i] of float32 ``out``."""
-    places = longs(slots, count)
+def gather(addresses: int, count: int, row_bytes: int, out: int) -> None:
+    """The rows at the ``addresses`` int64 [P], of so many bytes each, one after the other; zeros for address 0."""
+    places = longs(addresses, count)
     for row in range(count):
-        target = floats(out + 4 * places[row] * size, size)
-        if len(form) == 0:
-            source = floats(rows + 4 * row * size, size)
-            for i in range(size):
-                target[i] = source[i]
+        target = bytes_(out + row * row_bytes, row_bytes)
+        if places[row] == 0:
+            target[:] = 0
         else:
-            bits = halves(rows + 2 * row * size, size)
-            for i in range(size):
-                target[i] = from_bfloat16(bits[i])
+            source = bytes_(places[row], row_bytes)
+            for i in range(row_bytes):
+                target[i] = source[i]
 
 
 @kernel
-def weighted_sum(rows: int, weights: int, tokens: int, top_k: int, size: int, out: int) -> None:
-    """float32 [T, D] at ``out``: sum over k, in order, of rows [T, K, D] times weights [T, K]."""
-    factors = floats(weights, tokens * top_k)
+def weighted_sum(form: Any, addresses: int, weights: int, tokens: int, top_k: int, size: int, out: int) -> None:
+    """float32 [T, D] at ``out``: sum over k, in order, of the rows at ``addresses`` [T, K] times weights [T, K].
+
+    Rows are float32 or bfloat16, as ``form`` says; those at address 0 are zeros.
+    """
+    factors, places = floats(weights, tokens * top_k), longs(addresses, tokens * top_k)
     for token in range(tokens):
         total = floats(out + 4 * token * size, size)
-        for k in range(top_k):
-            row, factor = floats(rows + 4 * (token * top_k + k) * size, size), factors[token * top_k + k]
-            if k == 0:
-                for i in range(size):
-                    total[i] = row[i] * factor
-            else:
+        total[:] = np.float32(0)
+        for pair in range(token * top_k, (token + 1) * top_k):
+            factor = factors[pair]
+            if places[pair] == 0:
+                continue
+            if len(form) == 0:
+                row = floats(places[pair], size)
                 for i in range(size):
                     total[i] += row[i] * factor
+            else:
+                bits = halves(places[pair], size)
+                for i in range(size):
+                    total[i] += from_bfloat16(bits[i]) * factor

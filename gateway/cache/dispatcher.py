@@ -11,13 +11,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium.config import CacheConfig
 from consilium.errors import ConfigError
 from consilium.model_config import ModelConfig
-from gateway.batches import ExpertBatches, keep_tokens
+from gateway.batches import ExpertBatches, ExpertOutputs, keep_tokens
 from gateway.cache.keys import RowKeys, redis_names
 from gateway.cache.memory import MemoryCache
 from gateway.cache.meter import CacheMeter
@@ -66,14 +68,16 @@ class CachedDispatcher:
         if identities != self._keys.identities:
             self._keys = RowKeys(identities, str(self._dtype), self._salt)
 
-    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
         """As the dispatcher's; failed rows are not kept."""
         makes_keys, started = self._keys, time.perf_counter()
         keys = makes_keys.of_rows(layer, batches)
         found, rows = self._memory.find(keys)  # [n, K, D]
         self._meter.looked_up("memory", len(found), len(keys) - len(found), time.perf_counter() - started)
         if len(found) == len(keys):
-            return rows.float().view(batches.places, -1), {}
+            outputs = ExpertOutputs(batches.places, rows.shape[2], self._dtype)
+            _place(outputs, found, rows)
+            return outputs, {}
         missing = {row: keys[row] for row in range(len(keys))}
         for row in found:
             del missing[row]
@@ -84,11 +88,9 @@ class CachedDispatcher:
             found, rows = found + shared, torch.cat([rows, shared_rows])
         rest = keep_tokens(batches, list(missing)) if found else batches
         outputs, failures = await self._inner.dispatch(layer, rest)
-        by_token = outputs.view(len(keys), -1, outputs.shape[1])  # [T, K, D]
         if self._keys is makes_keys:  # else other weights may have come meanwhile, and computed some of these rows
-            self._keep(layer, {row: key for row, key in missing.items() if row not in failures}, by_token)
-        if found:
-            by_token[found] = rows.float()
+            self._keep(layer, {row: key for row, key in missing.items() if row not in failures}, outputs)
+        _place(outputs, found, rows)
         return outputs, failures
 
     def due_in(self) -> float | None:
@@ -120,12 +122,13 @@ class CachedDispatcher:
         self._meter.looked_up("redis", len(found), len(missing) - len(found), time.perf_counter() - started)
         return list(found), rows
 
-    def _keep(self, layer: int, computed: Mapping[int, bytes | None], by_token: Tensor) -> None:
-        """Keep these rows of ``by_token`` [T, K, D] under their keys."""
+    def _keep(self, layer: int, computed: Mapping[int, bytes | None], outputs: ExpertOutputs) -> None:
+        """Keep the ``outputs`` of these rows under their keys."""
         kept = {row: key for row, key in computed.items() if key is not None}
         if kept:
-            # The way through float32 and back has changed none of them.
-            rows, keys = by_token[list(kept)].to(self._dtype), list(kept.values())  # [n, K, D]
+            top_k = self._memory.find(())[1].shape[1]
+            rows = outputs.rows(_slots(list(kept), top_k)).view(len(kept), top_k, -1)  # [n, K, D]
+            keys = list(kept.values())
             self._memory.put(keys, rows)
             if self.remote is not None:
                 self.remote.store(redis_names(layer, keys), rows.view(torch.uint8).numpy().tobytes())
@@ -137,3 +140,13 @@ class CachedDispatcher:
             return empty
         content = torch.frombuffer(bytearray(b"".join(values)), dtype=self._dtype)
         return content.view(len(values), *empty.shape[1:])
+
+
+def _slots(tokens: Sequence[int], top_k: int) -> NDArray[np.int64]:
+    """The places of all outputs of these tokens [n * K]."""
+    return (np.array(tokens, np.int64)[:, None] * top_k + np.arange(top_k)).reshape(-1)
+
+
+def _place(outputs: ExpertOutputs, tokens: Sequence[int], rows: Tensor) -> None:
+    """Rows [n, K, D] are those of ``tokens`` [n]."""
+    outputs.place(rows.reshape(-1, rows.shape[2]), _slots(tokens, rows.shape[1]))

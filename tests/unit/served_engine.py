@@ -68,7 +68,8 @@ class Served:
         arithmetic = arithmetic or Arithmetic(torch.float32)
         self.mailbox = Mailbox(self._handle)
         self.workers: list[LocalWorker]
-        dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute, arithmetic.dtype)
+        replies = arithmetic.dtype if arithmetic.experts is None else torch.bfloat16
+        dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute, replies)
         memory = (
             blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * arithmetic.dtype.itemsize
         )

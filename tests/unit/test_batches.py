@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from consilium.gate import Routing, softmax_top_k
 from gateway.batches import combine, group_by_expert
 from gateway.dispatcher import build_frame
+from tests.local_workers import outputs_of
 
 
 def routing_of(tokens: int, experts: int, top_k: int, seed: int) -> Routing:
@@ -36,7 +37,7 @@ def test_frames_cover_every_pair_once(tokens: int, experts: int, data: st.DataOb
 
 def test_combine_adds_in_ascending_expert_order() -> None:
     ids = torch.tensor([[0, 1, 2]])
-    outputs = torch.tensor([[1e8], [1.0], [-1e8]])
+    outputs = outputs_of(torch.tensor([[1e8], [1.0], [-1e8]]))
     assert combine(outputs, Routing(ids, torch.ones(1, 3))).item() == 0.0  # (1e8 + 1) - 1e8 in float32, in this order
 
 

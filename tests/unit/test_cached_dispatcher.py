@@ -20,12 +20,13 @@ from consilium.config import CacheConfig
 from consilium.errors import ConfigError, ExpertUnavailable
 from consilium.gate import softmax_top_k
 from consilium.quantization import quantize_rows
-from gateway.batches import ExpertBatches, experts_of_tokens, group_by_expert, keep_tokens
+from gateway.batches import ExpertBatches, ExpertOutputs, experts_of_tokens, group_by_expert, keep_tokens
 from gateway.cache.dispatcher import CachedDispatcher, make_cache
 from gateway.cache.memory import ENTRY_OVERHEAD, MemoryCache
 from gateway.cache.meter import CacheMeter
 from gateway.mailbox import Mailbox
 from gateway.placement import ExpertIdentity
+from tests.local_workers import outputs_of, rows_of
 from tests.unit.model_configs import tiny_config
 
 EXPERTS, TOP_K, HIDDEN = 5, 2, 4
@@ -43,12 +44,12 @@ class Experts:
         self.meanwhile: Callable[[], None] = lambda: None
         self._dtype = dtype
 
-    async def dispatch(self, layer: int, batches: ExpertBatches) -> Outcome:
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
         assert layer == 0
         assert batches.scales is not None
         self.asked.append(batches)
         self.meanwhile()
-        outputs = torch.zeros(batches.places, HIDDEN)
+        outputs = torch.zeros(batches.places, HIDDEN, dtype=self._dtype)
         failures: dict[int, Exception] = {}
         for position, expert in enumerate(batches.experts.tolist()):
             pairs = np.arange(batches.offsets[position], batches.offsets[position + 1])
@@ -58,8 +59,8 @@ class Experts:
                 failures |= dict.fromkeys(tokens.tolist(), ExpertUnavailable("gone"))
                 continue
             rows = batches.rows[tokens].float() * batches.scales[tokens][:, None]
-            outputs[batches.slots[pairs]] = (rows.sin() * (expert + 1) / 3).to(self._dtype).float()
-        return outputs, failures
+            outputs[batches.slots[pairs]] = (rows.sin() * (expert + 1) / 3).to(self._dtype)
+        return outputs_of(outputs), failures
 
     @property
     def rows(self) -> list[int]:
@@ -67,8 +68,9 @@ class Experts:
         return sorted(set(self.asked[-1].tokens.tolist()))
 
 
-def run(coroutine: Coroutine[Any, Any, Outcome]) -> Outcome:
-    return asyncio.run(coroutine)
+def run(coroutine: Coroutine[Any, Any, tuple[ExpertOutputs, dict[int, Exception]]]) -> Outcome:
+    outputs, failures = asyncio.run(coroutine)
+    return rows_of(outputs), failures
 
 
 def batches_of(tokens: list[int], top_k: int = TOP_K) -> ExpertBatches:

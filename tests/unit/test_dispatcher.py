@@ -14,7 +14,7 @@ from gateway.batches import combine, group_by_expert
 from gateway.dispatcher import Dispatcher
 from gateway.mailbox import Mailbox
 from gateway.messages import EXPERT_CALL_ROWS, ExpertLoad
-from tests.local_workers import LocalWorker, local_dispatcher, reference_rows
+from tests.local_workers import LocalWorker, local_dispatcher, outputs_of, reference_rows
 from tests.tiny_models import save_mixtral
 
 TOKENS = 9
@@ -43,7 +43,7 @@ def expected(checkpoint: Checkpoint) -> Tensor:
         for k, expert in enumerate(routing.ids[token].tolist()):
             frame = Frame(1, x[token : token + 1], None, [expert], [0, 1], torch.zeros(1, dtype=torch.int32))
             outputs[token, k] = reference_rows(checkpoint, frame)
-    return combine(outputs.view(-1, 64), routing)
+    return combine(outputs_of(outputs.view(-1, 64)), routing)
 
 
 def dispatched(dispatcher: Dispatcher, mailbox: Mailbox) -> tuple[Tensor, dict[int, Exception]]:

@@ -22,6 +22,7 @@ from gateway.batches import group_by_expert
 from gateway.evaluate import main
 from gateway.evaluation import MODES, Score, evaluate, find_modes, split_windows
 from gateway.local_experts import LocalExperts, run_now
+from tests.local_workers import rows_of
 from tests.tiny_models import save_mixtral, save_qwen3_moe
 
 
@@ -45,11 +46,12 @@ def test_local_experts_answer_as_workers_do(model: Path) -> None:
     batches = group_by_expert(rows, scales, Routing(ids, torch.ones(5, 2)))
     outputs, failures = run_now(LocalExperts(checkpoint, arithmetic).dispatch(1, batches))
     assert not failures
+    rows_out = rows_of(outputs)
     for token, experts in enumerate(ids.tolist()):
         for place, expert in enumerate(experts):
             weights = arithmetic.prepare(checkpoint.expert(1, expert))
             alone = compute_expert(arithmetic, weights, rows[token : token + 1], scales[token : token + 1])
-            assert torch.equal(outputs[2 * token + place], alone[0])
+            assert torch.equal(rows_out[2 * token + place], alone[0])
 
 
 def test_a_score_is_what_its_name_says() -> None:

@@ -73,8 +73,8 @@ def arithmetic(dtype: RowDType) -> Arithmetic:
 
 
 @cache
-def int8_rows(family: str, dtype: RowDType) -> Int8Rows:
-    return Int8Rows(tiny(family), dtype)
+def int8_rows(family: str) -> Int8Rows:
+    return Int8Rows(tiny(family))
 
 
 def serve(
@@ -87,8 +87,8 @@ def serve(
     prefix_cache: bool,
     micro_batches: int = 1,
 ) -> Served:
-    """An engine in int8 whose keys, values and replies have the dtype."""
-    computed, rows = arithmetic(dtype), int8_rows(family, dtype)
+    """An engine in int8 whose keys and values have the dtype."""
+    computed, rows = arithmetic(dtype), int8_rows(family)
     return Served(
         tiny(family),
         blocks,

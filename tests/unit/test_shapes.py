@@ -27,7 +27,7 @@ from consilium.shapes.sizes import SHAPES
 from consilium.shapes.tokenizer import SMALLEST, tokenizer_json
 from consilium.shapes.write import write_shape
 from gateway.arithmetic import find_arithmetic as find_gateway_arithmetic
-from gateway.batches import ExpertBatches
+from gateway.batches import ExpertBatches, ExpertOutputs
 from gateway.chat_template import load_chat_template
 from gateway.evaluate import main as evaluate
 from gateway.evaluation import Evaluated, Mode
@@ -153,7 +153,7 @@ def test_a_gateway_makes_no_expert_and_a_worker_only_its_own(monkeypatch: pytest
 class NoExperts:
     """Stands where a dispatcher would; nothing is dispatched."""
 
-    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[torch.Tensor, dict[int, Exception]]:
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
         raise AssertionError(layer, batches)
 
 
