@@ -75,7 +75,11 @@ class CallQueue:
             (self._prefill if prefill else self._decode).append(job)
 
     def take(self, most_pairs: int) -> list[Job]:
-        """The next job, and others of its kind for the same layer, up to ``most_pairs`` in all; none when empty."""
+        """The next job, and others of its kind that share experts with it, up to ``most_pairs`` in all.
+
+        Jobs that share none are left apart: they read no weights twice, and the first one's rows need not wait.
+        Nothing when the queue is empty.
+        """
         with self._lock:
             passes = self._decode and not (self._prefill and self._overtaken >= MOST_OVERTAKEN)
             self._overtaken = self._overtaken + 1 if passes and self._prefill else 0
@@ -86,7 +90,7 @@ class CallQueue:
             pairs, kept = taken[0].pairs, deque[Job]()
             while waiting and pairs < most_pairs:
                 job = waiting.popleft()
-                if job.call.layer == taken[0].call.layer and pairs + job.pairs <= most_pairs:
+                if pairs + job.pairs <= most_pairs and any(_share_experts(job, each) for each in taken):
                     taken.append(job)
                     pairs += job.pairs
                 else:
@@ -110,3 +114,9 @@ class CallQueue:
             empty = not self.unfinished
         if empty:
             notify()
+
+
+def _share_experts(job: Job, other: Job) -> bool:
+    if job.call.layer != other.call.layer:
+        return False
+    return not set(job.call.experts).isdisjoint(other.call.experts)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -24,6 +25,7 @@ from gateway.batches import ExpertBatches, ExpertOutputs
 from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion
 from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
+from gateway.pieces import PIECE_BYTES, in_turn, split
 from gateway.placement import Placement, assign
 from gateway.stage_clock import StageClock
 from protos.expert.v1 import expert_pb2
@@ -102,10 +104,12 @@ class Dispatcher:
                 error = _unavailable(layer, int(batches.experts[position]), excluded)
                 self._fail(batches, position, error, failures, outputs)
             calls = []
-            for address, positions in plan.items():
+            sent = Counter[str]()  # pairs
+            for address, positions in self._pieces(plan, batches):
                 frame, pairs = build_frame(layer, batches, positions)
                 worker = self.workers[address]
-                limit = min(deadline, time.monotonic() + worker.time_limit(len(pairs)))
+                sent[address] += len(pairs)
+                limit = min(deadline, time.monotonic() + worker.time_limit(sent[address]))
                 calls.append((worker, positions, pairs, worker.send(frame, limit)))
                 self._of(worker).failovers += bool(excluded)
             self.clock.mark("encode")
@@ -158,6 +162,21 @@ class Dispatcher:
         counts = batches.counts
         plan, orphans = assign({position: int(counts[position]) for position in wanted}, holders, self._turn)
         return {address: np.array(positions) for address, positions in plan.items()}, orphans
+
+    def _pieces(
+        self, plan: Mapping[str, NDArray[np.int64]], batches: ExpertBatches
+    ) -> Iterable[tuple[str, NDArray[np.int64]]]:
+        """Addresses with the positions of one frame each; nothing travels over local links, so theirs stay whole."""
+        most = max(1, PIECE_BYTES // (batches.rows.shape[1] * self._row_dtype.itemsize))
+        if len(batches.slots) <= most:
+            return plan.items()
+        counts = batches.counts
+        return in_turn(
+            {
+                address: [positions] if self.workers[address].local_link else split(positions, counts, most)
+                for address, positions in plan.items()
+            }
+        )
 
     async def _collect(
         self, worker: Worker, call: Completion[Reply], outputs: ExpertOutputs, slots: NDArray[np.int64], waits: _Waits

@@ -14,9 +14,14 @@ DECODE, PREFILL = expert_pb2.TRAFFIC_CLASS_DECODE, expert_pb2.TRAFFIC_CLASS_PREF
 
 
 def job(
-    call_id: int, layer: int = 0, pairs: int = 1, size: int = 1, kind: expert_pb2.TrafficClass.ValueType = DECODE
+    call_id: int,
+    layer: int = 0,
+    pairs: int = 1,
+    size: int = 1,
+    kind: expert_pb2.TrafficClass.ValueType = DECODE,
+    experts: tuple[int, ...] = (0,),
 ) -> Job:
-    call = expert_pb2.Call(call_id=call_id, layer=layer, traffic_class=kind)
+    call = expert_pb2.Call(call_id=call_id, layer=layer, traffic_class=kind, experts=experts)
     return Job(call, pairs, size, size, lambda _: None)
 
 
@@ -73,6 +78,12 @@ def test_prompts_that_were_not_waiting_have_not_been_overtaken() -> None:
 def test_calls_for_one_layer_go_together_and_the_others_keep_their_order() -> None:
     waiting = queue(job(1, 5), job(2, 6), job(3, 5), job(4, 7), job(5, 6), job(6, 5))
     assert rounds(waiting, 10) == [[1, 3, 6], [2, 5], [4]]
+
+
+def test_calls_that_share_no_expert_stay_apart() -> None:
+    """The pieces of one frame: the first one's rows go back while the next is computed."""
+    waiting = queue(*(job(number, experts=held) for number, held in enumerate([(0, 1), (2, 3), (3, 4), (0,), ()])))
+    assert rounds(waiting, 10) == [[0, 3], [1, 2], [4]]
 
 
 def test_together_they_have_no_more_pairs_than_a_batch() -> None:

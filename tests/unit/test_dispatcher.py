@@ -67,6 +67,36 @@ def test_one_frame_per_worker(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
     assert dispatcher.take_stats() == []
 
 
+def test_large_frames_go_in_pieces_but_not_over_local_links(
+    checkpoint: Checkpoint, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = local_dispatcher(checkpoint, mailbox, [[0, 3], [1, 2]])
+    expected, _ = dispatched(whole, mailbox)
+    monkeypatch.setattr("gateway.dispatcher.PIECE_BYTES", 64 * 4)  # one row
+    dispatcher, workers = local_dispatcher(checkpoint, mailbox, [[0, 3], [1, 2]])
+    workers[1].local_link = True
+    found, failures = dispatched(dispatcher, mailbox)
+    assert torch.equal(found, expected)
+    assert not failures
+    assert [[frame.experts for frame in worker.frames] for worker in workers] == [[[0], [3]], [[1, 2]]]
+
+
+def test_a_piece_that_fails_is_had_elsewhere_and_the_others_count(
+    checkpoint: Checkpoint, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.dispatcher.PIECE_BYTES", 64 * 4)
+    dispatcher, workers = local_dispatcher(checkpoint, mailbox, [[0, 1, 2, 3], [0, 1, 2, 3]])
+    first = workers[0]
+    first.misbehave = lambda _: ExpertUnavailable("gone") if len(first.frames) == 1 else None
+    found, failures = dispatched(dispatcher, mailbox)
+    assert torch.allclose(found, expected(checkpoint), atol=1e-5)
+    assert not failures
+    stats = dispatcher.take_stats()
+    assert sum(each.rows for each in stats) == TOKENS * 2
+    assert {each.address: each.failures for each in stats} == {first.address: 1, workers[1].address: 0}
+    assert len(first.frames) > 1, "its other pieces were taken"
+
+
 def test_a_replica_answers_for_a_failed_worker(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
     dispatcher, workers = local_dispatcher(checkpoint, mailbox, [[0, 1, 2, 3], [0, 1], [2, 3]])
     break_down(workers[0], ExpertUnavailable("the stream broke"))
