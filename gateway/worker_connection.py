@@ -90,7 +90,7 @@ class WorkerConnection:
         self._prefill: ForwardStream | None = None
         self._suspect = asyncio.Event()
         self._link: LocalLink | None = None
-        self._lost = ""  # why the last link was
+        self._lost = self._no_link = ""  # why the last link was, and why there is none
 
     @property
     def numerics_class(self) -> str:
@@ -170,7 +170,7 @@ class WorkerConnection:
             self._link = await self._open_link(description)
             self._decode = ForwardStream(first, self._mailbox, self._drained)
             self._prefill = ForwardStream(second, self._mailbox, self._drained)
-            self.description, self.detail = description, ""
+            self.description, self.detail = description, self._no_link
             self._on_change()
             tasks = [
                 asyncio.ensure_future(each) for each in (self._decode.run(), self._prefill.run(), self._suspect.wait())
@@ -197,7 +197,7 @@ class WorkerConnection:
 
     async def _open_link(self, description: expert_pb2.DescribeResponse) -> LocalLink | None:
         """Where both sides want one and are on one host; else says why there is none."""
-        self._lost = ""
+        self._lost = self._no_link = ""
         if not self._expectations.local_links or not description.local_sockets:
             return None
         row_bytes = description.hidden_size * TORCH_DTYPES[description.row_dtype].itemsize
@@ -205,7 +205,8 @@ class WorkerConnection:
         try:
             link = await open_link(description.local_sockets, description.worker_id, size, row_bytes, self._mailbox)
         except ExpertUnavailable as error:
-            log.info("worker %s: over gRPC alone: %s", self.address, error.message)
+            self._no_link = f"over gRPC alone: {error.message}"
+            log.info("worker %s: %s", self.address, self._no_link)
             return None
         link.on_lost = lambda error: self._call_loop(lambda: self._lose_link(error))
         link.on_unavailable = lambda error: self._call_loop(lambda: self._drained(error))

@@ -77,12 +77,12 @@ class Stack:
     workers: list[Process] = field(default_factory=list)
 
 
-def launch(argv: Sequence[str], folder: Path | None = None) -> Process:
-    """Start ``python -m ARGV`` and do not wait for it."""
+def launch(argv: Sequence[str], folder: Path | None = None, prefix: Sequence[str] = ()) -> Process:
+    """Start ``python -m ARGV`` and do not wait for it; ``prefix`` is a command that runs it, and becomes it."""
     handle, name = tempfile.mkstemp(prefix=f"{argv[0]}-", suffix=".log", dir=folder)
     with os.fdopen(handle, "wb") as log:
         popen = subprocess.Popen(
-            [sys.executable, "-m", *argv],
+            [*prefix, sys.executable, "-m", *argv],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -93,9 +93,9 @@ def launch(argv: Sequence[str], folder: Path | None = None) -> Process:
 
 
 @contextmanager
-def running(argv: Sequence[str], folder: Path | None = None) -> Iterator[Process]:
+def running(argv: Sequence[str], folder: Path | None = None, prefix: Sequence[str] = ()) -> Iterator[Process]:
     """``python -m ARGV`` from when it listens; stopped at the end, killed if need be."""
-    with _stopped(launch(argv, folder)) as process:
+    with _stopped(launch(argv, folder, prefix)) as process:
         process.wait_listening()
         yield process
 

@@ -157,6 +157,11 @@ print(json.dumps({
     }
 
 
+def test_frames_go_over_the_sockets_in_the_shared_folder(deployment: Deployment) -> None:
+    """Every container has a network of its own, and does not see the others' abstract names."""
+    assert [(each["transport"], each["detail"]) for each in deployment.load()] == [("local", "")] * 4
+
+
 def test_answers_are_those_of_consilium_up(deployment: Deployment, expected: dict[str, Answer]) -> None:
     assert ask_in_turn(deployment.url, ASKED_FIRST) == {prompt: expected[prompt] for prompt in ASKED_FIRST}
 
@@ -204,7 +209,7 @@ def test_a_killed_replica_is_survived(deployment: Deployment, expected: dict[str
     assert inspect(f"{deployment.project}-experts-a-1")["State"]["ExitCode"] == 137
     assert ask_in_turn(url, ASKED_AFTER_KILL) == {prompt: expected[prompt] for prompt in ASKED_AFTER_KILL}
     deployment.up()
-    wait_for(lambda: [each["connected"] for each in deployment.load()] == [True] * 4, 60)
+    wait_for(lambda: [each["transport"] for each in deployment.load()] == ["local"] * 4, 60)
 
 
 def test_a_worker_that_still_loads_ends_at_sigterm(deployment: Deployment) -> None:
@@ -244,8 +249,8 @@ def test_vision_and_language(deployments: dict[str, Deployment], expected: dict[
     with deployed(deployments[FILES[1]]) as running:
         assert running.execute("gateway", "cat", "/etc/consilium/consilium.yaml").strip() == SKETCH.strip()
         assert ask_in_turn(running.url, ASKED_FIRST) == {prompt: expected[prompt] for prompt in ASKED_FIRST}
-        workers = {(each["group"], each["connected"]) for each in running.load()}
-        assert workers == {("vision", True), ("language", True)}
+        workers = {(each["group"], each["connected"], each["transport"]) for each in running.load()}
+        assert workers == {("vision", True, "local"), ("language", True, "local")}
     assert not any(running.left().values())
 
 

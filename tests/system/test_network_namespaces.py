@@ -1,0 +1,82 @@
+"""A worker in a network namespace of its own, as in a container: what it shares with the gateway's decides the way.
+
+Needs root, and `ip` of iproute2. Abstract sockets are seen in their own namespace alone; a folder is seen where it is
+mounted.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.completions import complete
+from tests.stack import Process, running, wait_ready, worker_argv
+from tests.tiny_models import save_mixtral
+
+NAME = f"consilium-{os.getpid() % 10**6}"
+OURS, THEIRS = "10.213.77.1", "10.213.77.2"
+HIDE = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"')  # FOLDER COMMAND...
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def namespace() -> Iterator[tuple[str, ...]]:
+    """The command that runs another one in a namespace whose address is THEIRS."""
+    link, peer = f"{NAME[-8:]}a", f"{NAME[-8:]}b"
+    ip("netns", "add", NAME)
+    try:
+        ip("link", "add", link, "type", "veth", "peer", "name", peer, "netns", NAME)
+        ip("addr", "add", f"{OURS}/30", "dev", link)
+        ip("link", "set", link, "up")
+        ip("-n", NAME, "addr", "add", f"{THEIRS}/30", "dev", peer)
+        ip("-n", NAME, "link", "set", peer, "up")
+        ip("-n", NAME, "link", "set", "lo", "up")
+        yield ("ip", "netns", "exec", NAME)
+    finally:
+        ip("netns", "del", NAME)  # the link goes with it
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("model"))
+
+
+def served(worker: Process, model: Path) -> tuple[dict[str, Any], list[int], str]:
+    """What a gateway outside says of the worker, the tokens it answers with, and its log."""
+    endpoint = worker.address.replace("0.0.0.0", THEIRS)
+    argv = ["gateway", "--model", str(model), "--port", "0", "--threads", "1"]
+    with running([*argv, "--group-endpoint", f"experts={endpoint}"]) as gateway:
+        wait_ready(gateway)
+        tokens = complete(gateway.address, list(range(40, 70)), 8).tokens
+        (found,) = httpx.get(f"{gateway.address}/load", timeout=30).json()["workers"]
+        return found, tokens, gateway.log()
+
+
+def test_the_folder_is_the_way_where_it_is_shared_and_grpc_elsewhere(
+    namespace: tuple[str, ...], model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("s")  # a socket's path has room for 107 bytes
+    config = tmp_path / "consilium.yaml"
+    config.write_text(f"worker: {{socket_folder: {folder}}}\n")
+    argv = worker_argv("all", "--model", str(model), "--host", "0.0.0.0", "--config", str(config))
+    with running(argv, prefix=namespace) as worker:
+        shared, expected, _ = served(worker, model)
+    with running(argv, prefix=(*namespace, *HIDE, str(folder))) as worker:
+        hidden, tokens, log = served(worker, model)
+    assert (shared["transport"], shared["detail"]) == ("local", "")
+    assert hidden["transport"] == "grpc"
+    for said in (hidden["detail"], log):
+        assert "over gRPC alone: @consilium-" in said
+        assert "Connection refused" in said
+        assert f"{folder}/" in said
+        assert "No such file" in said
+    assert tokens == expected != []
