@@ -15,8 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from consilium.arithmetics import find_arithmetic
+from consilium.attachment import Parts, unpack
 from consilium.checkpoint import Checkpoint
-from consilium.frames import encode_call
+from consilium.frames import decode_result, encode_call
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.tensor.v1 import tensor_pb2
 from tests.integration.grpc_client import Conversation, connected, conversation, make_frame, quantized, rows_of
@@ -243,6 +244,62 @@ def test_bytes_that_are_no_message_end_only_their_own_stream(float_worker: Proce
         assert other.ask(good_call()).HasField("result")
 
 
+def attached(call_id: int = 1) -> tuple[bytes, expert_pb2.ForwardRequest]:
+    """A call with its tensors attached: as it travels, and as protobuf reads it."""
+    parts = Parts()
+    request = expert_pb2.ForwardRequest(call=encode_call(make_frame(HIDDEN, 1, [0, 3], 3), call_id, 0, parts.place))
+    packed = parts.pack(request)
+    return packed, expert_pb2.ForwardRequest.FromString(packed)
+
+
+def test_an_attached_call_is_answered_alike(float_worker: Process) -> None:
+    frame = make_frame(HIDDEN, 1, [0, 3], 3)
+    with conversation(float_worker.address) as stream:
+        expected = rows_of(stream.ask(good_call()).result, frame)
+        stream.send_request(attached(2)[1])
+        response, attachment = unpack(expert_pb2.ForwardResponse, stream.receive().SerializeToString())
+    assert response.result.rows.HasField("offset")
+    found = decode_result(response.result, frame.indices.numel(), HIDDEN, torch.float32, attachment)
+    assert torch.equal(found, expected)
+
+
+def test_attachments_that_lie_are_answered_and_the_stream_goes_on(float_worker: Process) -> None:
+    with conversation(float_worker.address) as stream:
+        for field in ("rows", "indices"):
+            for offset in (10**6, 2**64 - 1):
+                request = attached()[1]
+                getattr(request.call, field).offset = offset
+                stream.send_request(request)
+                assert f"{field}: " in stream.receive().error.message
+        for size in (0, 1, 700):
+            request = attached()[1]
+            request.attachment = request.attachment[:size]
+            stream.send_request(request)
+            error = stream.receive().error
+            assert (error.code, error.retryable) == ("DATA_LOSS", True)
+        request = attached()[1]
+        request.call.rows.shape[0] = 2**32 - 1
+        stream.send_request(request)
+        assert "rows: " in stream.receive().error.message
+        request = attached()[1]
+        request.call.result_offset = 0
+        stream.send_request(request)
+        assert "there is no shared memory here" in stream.receive().error.message
+        assert stream.ask(good_call(9)).HasField("result")
+
+
+def test_an_attached_call_that_is_cut_off_ends_only_its_own_stream(float_worker: Process) -> None:
+    packed, _ = attached()
+    with connected(float_worker.address) as channel, conversation(float_worker.address) as other:
+        forward: Any = channel.stream_stream("/expert.v1.ExpertService/Forward")
+        for size in (len(packed) - 1, len(packed) // 2, 3):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(forward(iter([packed[:size]]), timeout=10))
+            assert isinstance(caught.value, grpc.Call)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert other.ask(good_call()).HasField("result")
+
+
 @pytest.fixture(scope="module")
 def narrow_worker(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Frames of at most 64 KiB, compute batches of at most 5 rows, in a group of its own."""
@@ -278,6 +335,10 @@ def test_a_frame_over_the_limit_is_answered_and_the_stream_goes_on(narrow_worker
             assert (error.code, error.retryable) == ("INVALID_ARGUMENT", False)
             assert what in error.message
             assert "64KiB" in error.message
+        request = attached(4)[1]
+        request.attachment += bytes(70_000)  # which no tensor has
+        stream.send_request(request)
+        assert "the call takes 7" in stream.receive().error.message
         assert stream.ask(good_call(3)).HasField("result")
 
 
