@@ -34,6 +34,7 @@ from consilium.models import resolve_model
 from consilium.rope import apply_rope
 from gateway.arithmetic import Arithmetic
 from gateway.attention import Attention, Batch, Segment
+from gateway.fused_attention import FusedAttention
 from gateway.kv_cache import BLOCK, KVPool, blocks_for
 from gateway.linear import FloatLinear
 from gateway.local_experts import LocalExperts, run_now
@@ -53,27 +54,28 @@ LOADS = (
 
 def free_attention(self: Attention, x: Tensor, batch: Batch) -> Tensor:
     """Attention.forward with torch's kernels over the same cache."""
-    sizes = [heads * self._head_dim for heads in (self._heads, self._kv_heads, self._kv_heads)]
-    q, k, v = (part.view(len(x), -1, self._head_dim) for part in self._qkv.forward(x).float().split(sizes, dim=1))
+    (heads, kv_heads, size), (qkv, projection) = self.shape, self.projections
+    sizes = [each * size for each in (heads, kv_heads, kv_heads)]
+    q, k, v = (part.view(len(x), -1, size) for part in qkv.forward(x).float().split(sizes, dim=1))
     q, k = apply_rope(q, batch.cos, batch.sin), apply_rope(k, batch.cos, batch.sin)
     out = torch.empty_like(q)
     for segment in batch.segments:
         rows = slice(segment.row, segment.row + segment.length)
         out[rows] = _attend(self, segment, q[rows], k[rows], v[rows])
-    return self._out.forward(out.flatten(1))
+    return projection.forward(out.flatten(1))
 
 
 def _attend(self: Attention, segment: Segment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     start, stop = segment.position, segment.position + segment.length
-    keys, values = segment.cache.keys[self._layer], segment.cache.values[self._layer]
+    keys, values = segment.cache.keys[self.layer], segment.cache.values[self.layer]
     positions = torch.arange(start, stop)
     keys[:, positions // BLOCK, :, positions % BLOCK] = k
     values[:, start:stop] = v.transpose(0, 1)
     keys = keys[:, : blocks_for(stop)].transpose(2, 3).flatten(1, 2)[None, :, :stop]  # [1, Hkv, S, d]
     values = values[None, :, :stop]
     if segment.length == 1:
-        groups = q.view(1, self._kv_heads, -1, self._head_dim)  # [1, Hkv, H / Hkv, d]
-        return nn.scaled_dot_product_attention(groups, keys, values).view(1, self._heads, self._head_dim)
+        groups = q.view(1, keys.shape[1], -1, q.shape[2])  # [1, Hkv, H / Hkv, d]
+        return nn.scaled_dot_product_attention(groups, keys, values).view(q.shape)
     mask = torch.arange(stop)[None, :] <= positions[:, None]
     out = nn.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1)
@@ -98,6 +100,7 @@ def free_order(*, linear: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, other in (
             (Attention, "forward", free_attention),
+            (FusedAttention, "takes", lambda self, rows: False),  # noqa: ARG005 (the method's)
             (MoELayer, "route", free_route),
             (RMSNorm, "forward", norm),
             *([(FloatLinear, "forward", plain)] if linear else []),

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,14 +67,13 @@ class IntegerProduct:
 
     def _multiply_few(self, x: Quantized, w: Quantized, out: Tensor) -> None:
         (rows, size), columns = x.values.shape, w.values.shape[0]
-        count = parallel.count_slices(w.values.nbytes)
-        bounds = [columns * part // count // 4 * 4 for part in range(count)] + [columns]  # whole tiles of four columns
         left = x.values.data_ptr(), x.scales.data_ptr(), rows
-        slices: list[Callable[[], None]] = []
-        for first, last in pairwise(bounds):
-            right = w.values.data_ptr() + first * size, w.scales.data_ptr() + 4 * first, last - first, size
-            slices.append(partial(linear.multiply, self.kind, *left, *right, out.data_ptr() + 4 * first, columns))
-        parallel.run(slices)
+        right = w.values.data_ptr(), w.scales.data_ptr(), columns, size
+
+        def work(sharer: parallel.Sharer) -> None:
+            linear.multiply_shared(self.kind, *left, *right, out.data_ptr(), sharer)
+
+        parallel.share(work, 1, parallel.count_slices(w.values.nbytes))
 
     def quantize(self, x: Tensor) -> Quantized:
         """Rows x [M, K] float32, contiguous; the same bits as quantization.quantize_rows, in one pass over each."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 from consilium import parallel
 from consilium.checkpoint import Checkpoint
 from consilium.kernels import attention as kernel
-from consilium.kernels.float_tile import BFLOAT16, FLOAT32
+from consilium.kernels.float_tile import BFLOAT16, FLOAT32, Form
 from gateway.kv_cache import BLOCK, KVCache, blocks_for
 from gateway.linear import LinearMaker
 
@@ -59,10 +57,22 @@ class Batch:
     failures: dict[int, Exception] = field(default_factory=dict)  # row to why it has no valid result
     table: NDArray[np.int64] = field(init=False)  # the segments' numbers
     positions: int = field(init=False)  # of the longest sequence, in whole blocks
+    _workspace: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.table = np.array([segment.numbers() for segment in self.segments], np.int64)
         self.positions = BLOCK * max((blocks_for(each.position + each.length) for each in self.segments), default=0)
+
+    @property
+    def form(self) -> Form:
+        """What the caches are made of, for kernels."""
+        return BFLOAT16 if self.segments[0].cache.keys.dtype is torch.bfloat16 else FLOAT32
+
+    def workspace(self, size: int) -> Tensor:
+        """At least ``size`` bytes that a layer may use until it ends: the same for all layers, so still in a cache."""
+        if self._workspace is None or self._workspace.nbytes < size:
+            self._workspace = torch.empty(size, dtype=torch.int8)
+        return self._workspace
 
     @property
     def prefill(self) -> bool:
@@ -82,10 +92,10 @@ class Attention:
 
     def __init__(self, checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> None:
         config, names = checkpoint.config, checkpoint.names
-        self._layer, self._heads, self._kv_heads = layer, config.num_heads, config.num_kv_heads
-        self._head_dim, self._eps = config.head_dim, np.float32(config.rms_norm_eps)
-        self._window = (config.sliding_windows[layer] or 0) if config.sliding_windows else 0
-        hidden, inner, kv = config.hidden_size, self._heads * config.head_dim, self._kv_heads * config.head_dim
+        self.layer, self.hidden_size, self.epsilon = layer, config.hidden_size, np.float32(config.rms_norm_eps)
+        self.shape = config.num_heads, config.num_kv_heads, config.head_dim  # H, Hkv, d
+        self.window = (config.sliding_windows[layer] or 0) if config.sliding_windows else 0
+        inner, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes = {names.q_proj: inner, names.k_proj: kv, names.v_proj: kv}
 
         def name(template: str) -> str:
@@ -97,48 +107,49 @@ class Attention:
             return [checkpoint.tensor(f"{name(each)}.bias", (size,)) for each, size in sizes.items()]
 
         # One product for queries, keys and values: [(H + 2 Hkv) d, D].
-        matrices = [checkpoint.matrix(f"{name(each)}.weight", (size, hidden)) for each, size in sizes.items()]
-        self._qkv = maker.make(matrices, biases(sizes))
-        out = checkpoint.matrix(f"{name(names.o_proj)}.weight", (hidden, inner))
-        self._out = maker.make([out], biases({names.o_proj: hidden}))
+        matrices = [
+            checkpoint.matrix(f"{name(each)}.weight", (size, config.hidden_size)) for each, size in sizes.items()
+        ]
+        qkv = maker.make(matrices, biases(sizes))
+        out = checkpoint.matrix(f"{name(names.o_proj)}.weight", (config.hidden_size, inner))
+        self.projections = qkv, maker.make([out], biases({names.o_proj: config.hidden_size}))
         self._norms = [
             checkpoint.tensor(name(each), (config.head_dim,)).to(torch.float32, copy=True)
             for each in ((names.q_norm, names.k_norm) if config.qk_norm else ())
         ]
-        addresses = [norm.data_ptr() for norm in self._norms] or [0, 0]
-        self._norm_addresses = np.array(addresses, np.int64)
+        self.norm_addresses = [norm.data_ptr() for norm in self._norms] or [0, 0]
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]; writes this step's keys and values into the caches."""
-        qkv = self._qkv.forward(x).float().contiguous()  # [T, (H + 2 Hkv) d]
-        out = torch.empty(len(x), self._heads * self._head_dim)
-        # Every query and key is turned and, with all keys seen, multiplied: about so many products.
-        work = len(x) * self._heads * self._head_dim * (PREPARING + 2 * batch.positions)
-        count = min(self._kv_heads, parallel.count_slices(work // PRODUCTS_PER_BYTE))
-        bounds = [self._kv_heads * part // count for part in range(count + 1)]
-        parallel.run([partial(self._attend, qkv, batch, out, first, last) for first, last in pairwise(bounds)])
-        return self._out.forward(out.to(x.dtype))
+        qkv, out = self.projections
+        return out.forward(self._attend(qkv.forward(x).float().contiguous(), batch).to(x.dtype))
 
-    def _attend(self, qkv: Tensor, batch: Batch, out: Tensor, first_head: int, last_head: int) -> None:
-        """The rows' outputs of some of the key-value heads."""
-        scratch = torch.empty(max(kernel.BLOCK, self._heads // self._kv_heads), batch.positions)
-        kernel.attend(
-            BFLOAT16 if batch.segments[0].cache.keys.dtype is torch.bfloat16 else FLOAT32,
-            qkv.data_ptr(),
-            self._heads,
-            self._kv_heads,
-            self._head_dim,
-            self._norm_addresses.ctypes.data,
-            self._eps,
-            batch.cos.data_ptr(),
-            batch.sin.data_ptr(),
-            batch.table.ctypes.data,
-            len(batch.segments),
-            self._layer,
-            self._window,
-            scratch.data_ptr(),
-            4 * batch.positions,
-            out.data_ptr(),
-            first_head,
-            last_head,
-        )
+    def work(self, batch: Batch) -> int:
+        """What attention itself costs, in bytes of weights that take as long to read."""
+        heads, _, size = self.shape
+        # Every query and key is turned and, with all keys seen, multiplied: about so many products.
+        return len(batch.tokens) * heads * size * (PREPARING + 2 * batch.positions) // PRODUCTS_PER_BYTE
+
+    @property
+    def scratch_rows(self) -> int:
+        """Rows of scores that a thread needs room for."""
+        heads, kv_heads, _ = self.shape
+        return max(kernel.BLOCK, heads // kv_heads)
+
+    def _attend(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """[T, (H + 2 Hkv) d] -> [T, H d]."""
+        heads, _, size = self.shape
+        out = torch.empty(len(qkv), heads * size)
+        parts = parallel.count_slices(self.work(batch))
+        scratch = torch.empty(parts, self.scratch_rows, batch.positions)
+        norms = np.array(self.norm_addresses, np.int64)
+
+        def work(sharer: parallel.Sharer) -> None:
+            turns = batch.cos.data_ptr(), batch.sin.data_ptr()
+            sequences = batch.table.ctypes.data, len(batch.segments), self.layer, self.window
+            places = scratch.data_ptr(), 4 * batch.positions, out.data_ptr()
+            norm = norms.ctypes.data, self.epsilon
+            kernel.attend(batch.form, qkv.data_ptr(), *self.shape, *norm, *turns, *sequences, *places, sharer)
+
+        parallel.share(work, 1, parts)
+        return out

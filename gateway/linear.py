@@ -28,6 +28,16 @@ class Int8Linear:
     def __init__(self, weight: Quantized, bias: Tensor | None, product: IntegerProduct) -> None:
         self._weight, self._bias, self._product = weight, bias, product
 
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Of the weight, its scales and its bias, 0 where there is none."""
+        bias = 0 if self._bias is None else self._bias.data_ptr()
+        return self._weight.values.data_ptr(), self._weight.scales.data_ptr(), bias
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight.values.nbytes
+
     def forward(self, x: Tensor) -> Tensor:
         y = self._product.multiply(self._product.quantize(x.contiguous()), self._weight)
         return y if self._bias is None else y + self._bias

@@ -16,6 +16,7 @@ from consilium.silu import silu_and_multiply
 from gateway.arithmetic import Arithmetic
 from gateway.attention import Attention, Batch, Segment
 from gateway.dispatcher import ExpertSource
+from gateway.fused_attention import FusedAttention
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
 from gateway.norm import RMSNorm
@@ -52,6 +53,11 @@ class Block:
         self._input_norm = RMSNorm(checkpoint, names.input_norm.format(layer=layer), dtype)
         self._post_norm = RMSNorm(checkpoint, names.post_norm.format(layer=layer), dtype)
         self._attention = Attention(checkpoint, layer, maker)
+        self._fused = (
+            FusedAttention(self._input_norm, self._attention, self._post_norm, arithmetic.dense)
+            if arithmetic.dense
+            else None
+        )
         self._clock = clock
         self._feed_forward: FeedForward = (
             MoELayer(checkpoint, layer, experts, arithmetic, clock)
@@ -61,10 +67,16 @@ class Block:
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]."""
-        x = x + self._attention.forward(self._input_norm.forward(x), batch)
-        normed = self._post_norm.forward(x)
+        x, normed = self._attend(x, batch)
         self._clock.mark("attention")
         return x + await self._feed_forward.forward(normed, batch)
+
+    def _attend(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm."""
+        if self._fused is not None and self._fused.takes(len(x)):
+            return self._fused.forward(x, batch)
+        x = x + self._attention.forward(self._input_norm.forward(x), batch)
+        return x, self._post_norm.forward(x)
 
 
 class Model:

@@ -19,6 +19,11 @@ class RMSNorm:
         self._weight = checkpoint.tensor(name, (checkpoint.config.hidden_size,)).to(dtype, copy=True)
         self._eps = checkpoint.config.rms_norm_eps
 
+    @property
+    def address(self) -> int:
+        """Of the weight [D]."""
+        return self._weight.data_ptr()
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         if x.dtype is not torch.float32:

@@ -9,10 +9,12 @@ import sys
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 
-from consilium.kernels import arithmetic, attention, experts, gate, linear, norm, routing
+from consilium.kernels import arithmetic, attention, attention_layer, experts, gate, linear, norm, routing
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32, LANES
 from consilium.kernels.int8_tile import NAMES, candidates
+from consilium.kernels.sharing import board_bytes
 
 _SIZE = LANES
 
@@ -25,8 +27,14 @@ def compile_all() -> None:
     room = np.zeros(2**16, np.uint8)
     at = room.ctypes.data
     one = np.float32(1)
+    boards: list[NDArray[np.uint8]] = []
+
+    def alone(phases: int) -> tuple[int, int, int]:
+        boards.append(np.zeros(board_bytes(phases, 1), np.uint8))
+        return boards[-1].ctypes.data, 0, 1
+
     for kind in candidates():
-        linear.multiply(kind, at, at, 1, at, at, _SIZE, _SIZE, at, _SIZE)
+        linear.multiply_shared(kind, at, at, 1, at, at, _SIZE, _SIZE, at, alone(1))
         for form in (FLOAT32, BFLOAT16):
             experts.compute(kind, form, at, at, 0, 0, at, at, at, _SIZE, _SIZE, at, at)
     linear.quantize(at, 1, _SIZE, at, at)
@@ -43,7 +51,10 @@ def compile_all() -> None:
     routing.gather(numbers.ctypes.data, 1, _SIZE, at)
     for form in (FLOAT32, BFLOAT16):
         routing.weighted_sum(form, numbers.ctypes.data, at, 1, 1, _SIZE, at)
-        attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, 0, 1)
+        attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, alone(1))
+        for kind in candidates()[:1]:  # what is proved first; others are for tests
+            layer = np.ones(attention_layer.LAYER, np.int64)  # of one head, for a step without rows
+            attention_layer.compute(kind, form, one, layer.ctypes.data, at, alone(attention_layer.PHASES))
 
 
 def main() -> int:

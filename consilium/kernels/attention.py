@@ -22,6 +22,7 @@ from consilium.kernels.compiler import floats, halves, kernel, longs
 from consilium.kernels.float_tile import LANES
 from consilium.kernels.norm import normalize
 from consilium.kernels.product import product
+from consilium.kernels.sharing import done, meet, take
 
 BLOCK = 4  # queries of one head that share one pass over keys and values
 SEGMENT = 9  # numbers a segment has; see ``attend``
@@ -78,50 +79,62 @@ def attend(
     scratch: int,
     scratch_row: int,
     out: int,
-    first_head: int,
-    last_head: int,
-) -> None:
+    sharer: Any,
+) -> Any:
     """Attention of every row of a step: float32 [T, H, d] at ``out`` from qkv [T, (H + 2 Hkv) d], which is changed.
 
-    Only of the key-value heads from ``first_head`` to ``last_head`` and of the query heads that share them.
+    Threads share it out by key-value heads, of one sequence each, with the query heads that go with them.
 
     ``segments`` int64 [count, 9] has of each sequence: addresses of its keys and values, their bytes per layer (two)
     and per head (two), its first row in the step, how many it has, and the first one's position. ``norms`` is the
     address of two addresses, of the weights for queries and keys (0 for none); ``cos`` and ``sin`` are [T, d/2].
-    ``window`` 0 is none. ``scratch`` holds max(4, G) rows of ``scratch_row`` bytes: a float for
+    ``window`` 0 is none. ``scratch`` holds for each thread max(4, G) rows of ``scratch_row`` bytes: a float for
     each position of the longest sequence, filled up to whole blocks.
     """
-    table, weights = longs(segments, count * SEGMENT), longs(norms, 2)
+    table = longs(segments, count * SEGMENT)
+    step = qkv, heads, kv_heads, size, norms, epsilon, cos, sin, layer, window, out
+    memory = scratch + sharer[1] * max(BLOCK, heads // kv_heads) * scratch_row, scratch_row
+    block = take(sharer, count * kv_heads)
+    while block >= 0:
+        segment, head = block // kv_heads, block % kv_heads
+        _attend_head(form, step, table[SEGMENT * segment : SEGMENT * (segment + 1)], head, memory)
+        done(sharer)
+        block = take(sharer, count * kv_heads)
+    return meet(sharer, count * kv_heads)
+
+
+@kernel
+def _attend_head(form, of_step, own, head, memory):  # type: ignore[no-untyped-def]
+    """One key-value head of the sequence that ``own`` describes."""
+    qkv, heads, kv_heads, size, norms, epsilon, cos, sin, layer, window, out = of_step
+    weights = longs(norms, 2)
     width = (heads + 2 * kv_heads) * size  # floats of one row of qkv
     group = heads // kv_heads
-    memory = (scratch, scratch_row)
-    for segment in range(count):
-        own = table[SEGMENT * segment : SEGMENT * (segment + 1)]
-        first, rows, position = own[6], own[7], own[8]
-        for head in range(first_head, last_head):
-            keys = own[0] + layer * own[2] + head * own[4]
-            values = own[1] + layer * own[3] + head * own[5]
-            for row in range(rows):
-                line = qkv + 4 * (first + row) * width
-                turn_cos = floats(cos + 2 * (first + row) * size, size // 2)
-                turn_sin = floats(sin + 2 * (first + row) * size, size // 2)
-                for each in range(head * group, (head + 1) * group):
-                    prepare(floats(line + 4 * each * size, size), weights[0], epsilon, turn_cos, turn_sin)
-                key = floats(line + 4 * (heads + head) * size, size)
-                prepare(key, weights[1], epsilon, turn_cos, turn_sin)
-                value = floats(line + 4 * (heads + kv_heads + head) * size, size)
-                store(form, key, value, keys, values, position + row)
-            seen = (keys, values, size, window)
-            queries = qkv + 4 * (first * width + head * group * size)
-            place = out + 4 * (first * heads + head * group) * size
-            if rows == 1:  # the heads of the group side by side
-                _attend(form, queries, 4 * size, group, position, 0, seen, memory, place, 4 * size)
-                continue
-            for each in range(group):
-                for row in range(0, rows, BLOCK):
-                    left, target = queries + 4 * (row * width + each * size), place + 4 * (row * heads + each) * size
-                    block = min(BLOCK, rows - row)
-                    _attend(form, left, 4 * width, block, position + row, 1, seen, memory, target, 4 * heads * size)
+    first, rows, position = own[6], own[7], own[8]
+    keys = own[0] + layer * own[2] + head * own[4]
+    values = own[1] + layer * own[3] + head * own[5]
+    for row in range(rows):
+        line = qkv + 4 * (first + row) * width
+        turn_cos = floats(cos + 2 * (first + row) * size, size // 2)
+        turn_sin = floats(sin + 2 * (first + row) * size, size // 2)
+        for each in range(head * group, (head + 1) * group):
+            prepare(floats(line + 4 * each * size, size), weights[0], epsilon, turn_cos, turn_sin)
+        key = floats(line + 4 * (heads + head) * size, size)
+        prepare(key, weights[1], epsilon, turn_cos, turn_sin)
+        value = floats(line + 4 * (heads + kv_heads + head) * size, size)
+        store(form, key, value, keys, values, position + row)
+    seen = (keys, values, size, window)
+    queries = qkv + 4 * (first * width + head * group * size)
+    place = out + 4 * (first * heads + head * group) * size
+    step = min(1, rows - 1)  # positions from one query to the next
+    if rows == 1:  # the heads of the group side by side
+        _attend(form, queries, 4 * size, group, position, step, seen, memory, place, 4 * size)
+        return
+    for each in range(group):
+        for row in range(0, rows, BLOCK):
+            left, target = queries + 4 * (row * width + each * size), place + 4 * (row * heads + each) * size
+            block = min(BLOCK, rows - row)
+            _attend(form, left, 4 * width, block, position + row, step, seen, memory, target, 4 * heads * size)
 
 
 @kernel

@@ -1,8 +1,9 @@
 """The inner loop of every int8 product: a tile of dot products, exact, in LLVM's language.
 
-``tile(kind, x, x_stride, w, w_stride, size, sums, sums_stride)`` with M x N rows fixed by the tile's name computes
+``tile(kind, x, x_stride, w, w_stride, size, sums, sums_stride, fetch, fetches)``, M x N rows fixed by its name, is
     sums[m][n] = sum over k < size of x[m][k] · w[n][k]  (plus 128 · sum of x[m], for the kind VNNI; see ``shifted``)
-for rows of int8 at byte addresses; strides are in bytes. Nothing beyond ``size`` is read.
+for rows of int8 at byte addresses; strides are in bytes. Nothing beyond ``size`` is read. Meanwhile it asks the memory
+for ``fetches`` (0 to N) rows at ``fetch``, ``w_stride`` apart: rows are too short for the CPU to foresee the next ones.
 
 Two kinds, told apart by their type, so that numba compiles a kernel for each kind it is called with:
 VNNI      vpdpbusd multiplies unsigned by signed bytes and adds four products into 32 bits without saturating. The
@@ -26,9 +27,6 @@ VNNI: Kind = ()
 PORTABLE: Kind = (0,)
 NAMES = {VNNI: "AVX-512 VNNI", PORTABLE: "portable"}
 
-# Bytes ahead that weights are asked for: rows are too short for the CPU to foresee where the next ones begin.
-FARTHEST = 2**14
-
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _LANES = ir.VectorType(_I32, 16)  # one accumulator
 
@@ -43,9 +41,19 @@ def define_tile(rows: int, columns: int) -> Any:
     """The tile of ``rows`` rows of x and ``columns`` rows of w."""
 
     def tile(
-        context: Any, kind: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, size: Any, sums: Any, sums_stride: Any
+        context: Any,
+        kind: Any,
+        x: Any,
+        x_stride: Any,
+        w: Any,
+        w_stride: Any,
+        size: Any,
+        sums: Any,
+        sums_stride: Any,
+        fetch: Any,
+        fetches: Any,
     ) -> Any:
-        signature = types.void(kind, *[types.int64] * 7)
+        signature = types.void(kind, *[types.int64] * 9)
         vnni = len(kind) == len(VNNI)
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
@@ -75,14 +83,15 @@ class _Tile:
         size: ir.Value,
         sums: ir.Value,
         sums_stride: ir.Value,
+        fetch: ir.Value,
+        fetches: ir.Value,
     ) -> None:
         builder = self._builder
+        fetched = [builder.add(fetch, builder.mul(w_stride, _I64(row))) for row in range(self._columns)]
         x_rows = [builder.add(x, builder.mul(x_stride, _I64(row))) for row in range(self._rows)]
         w_rows = [builder.add(w, builder.mul(w_stride, _I64(row))) for row in range(self._columns)]
         whole = builder.and_(size, _I64(-self._width))
-        ahead = builder.mul(w_stride, _I64(self._columns))
-        near = builder.icmp_signed("<", ahead, _I64(FARTHEST))
-        totals = self._loop(x_rows, w_rows, whole, builder.select(near, ahead, _I64(FARTHEST)))
+        totals = self._loop(x_rows, w_rows, whole, fetched, fetches)
         totals = self._rest(totals, x_rows, w_rows, whole, size)
         reduce = _function(builder, "llvm.vector.reduce.add.v16i32", _I32, [_LANES])
         for row in range(self._rows):
@@ -92,7 +101,14 @@ class _Tile:
                 address = builder.add(place, _I64(4 * column))
                 builder.store(total, builder.inttoptr(address, _I32.as_pointer()), align=4)
 
-    def _loop(self, x_rows: list[ir.Value], w_rows: list[ir.Value], whole: ir.Value, ahead: ir.Value) -> list[ir.Value]:
+    def _loop(
+        self,
+        x_rows: list[ir.Value],
+        w_rows: list[ir.Value],
+        whole: ir.Value,
+        fetched: list[ir.Value],
+        fetches: ir.Value,
+    ) -> list[ir.Value]:
         builder, entry = self._builder, self._builder.block
         head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
         builder.branch(head)
@@ -104,7 +120,7 @@ class _Tile:
             total.add_incoming(ir.Constant(_LANES, [0] * 16), entry)
         builder.cbranch(builder.icmp_signed("<", position, whole), body, done)
         builder.position_at_end(body)
-        self._prefetch(w_rows, position, ahead)
+        self._prefetch(fetched, fetches, position)
         following = self._accumulate(totals, x_rows, w_rows, position, self._load)
         position.add_incoming(builder.add(position, _I64(self._width)), builder.block)
         for total, next_total in zip(totals, following, strict=True):
@@ -165,13 +181,14 @@ class _Tile:
                 following.append(self._dot(builder, totals[index * self._columns + column], x, w))
         return following
 
-    def _prefetch(self, w_rows: list[ir.Value], position: ir.Value, ahead: ir.Value) -> None:
-        """Ask for what the next tile will read, while this one is computed."""
+    def _prefetch(self, rows: list[ir.Value], count: ir.Value, position: ir.Value) -> None:
+        """Ask for the same place in each of the first ``count`` rows."""
         builder = self._builder
         fetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        for row in w_rows:
-            address = builder.add(builder.add(row, position), ahead)
-            builder.call(fetch, [builder.inttoptr(address, _I8.as_pointer()), _I32(0), _I32(3), _I32(1)])
+        for number, row in enumerate(rows):
+            with builder.if_then(builder.icmp_signed(">", count, _I64(number))):
+                address = builder.inttoptr(builder.add(row, position), _I8.as_pointer())
+                builder.call(fetch, [address, _I32(0), _I32(3), _I32(1)])
 
     def _load(self, address: ir.Value) -> ir.Value:
         loaded = self._builder.load(self._builder.inttoptr(address, self._vector.as_pointer()))

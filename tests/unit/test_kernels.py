@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from consilium import parallel
 from consilium.gate import softmax_top_k
 from consilium.kernels import arithmetic, attention, compiler, gate, norm, product
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32, LANES
@@ -92,15 +94,14 @@ def attend(case: Case, chunks: list[int]) -> Tensor:
     form = BFLOAT16 if case.dtype is torch.bfloat16 else FLOAT32
     weights = np.array([each.data_ptr() for each in norms] or [0, 0], np.int64)
     out = torch.empty(case.positions, case.heads, case.size)
-    scratch = torch.empty(max(attention.BLOCK, case.heads // case.kv_heads), room * BLOCK)
+    scratch = torch.empty(2 * max(attention.BLOCK, case.heads // case.kv_heads), room * BLOCK)
     first = 0
     for length in chunks:
         table = np.array(Segment(cache, first, length, first).numbers(), np.int64)
         sizes = case.heads, case.kv_heads, case.size, weights.ctypes.data, EPSILON, cos.data_ptr(), sin.data_ptr()
         memory = scratch.data_ptr(), 4 * room * BLOCK, out.data_ptr()
         everything = form, qkv.data_ptr(), *sizes, table.ctypes.data, 1, 1, case.window, *memory
-        for head in range(case.kv_heads):  # as threads share them out
-            attention.attend(*everything, head, head + 1)
+        parallel.share(partial(attention.attend, *everything), 1, 2)
         first += length
     assert first == case.positions
     return out
