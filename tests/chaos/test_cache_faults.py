@@ -140,7 +140,7 @@ def garbage(key: bytes, value: bytes, other_value: bytes) -> list[tuple[str | by
         ("SET", value[:-1] + bytes([value[-1] ^ 1])),  # a flipped bit of the data
         ("SET", bytes([value[0] ^ 1]) + value[1:]),  # a flipped bit of the header
         ("SET", other_value),
-        ("SET", RowCodec(torch.bfloat16, TOP_K, HIDDEN, "").encode(key, bytes(2 * TOP_K * HIDDEN))),
-        ("SET", RowCodec(torch.float32, TOP_K, HIDDEN - 1, "").encode(key, bytes(4 * TOP_K * (HIDDEN - 1)))),
-        ("SET", RowCodec(torch.float32, TOP_K, HIDDEN, "another salt").encode(key, value[-4 * TOP_K * HIDDEN :])),
+        ("SET", RowCodec(torch.float32, TOP_K, HIDDEN, "").encode(key, bytes(4 * TOP_K * HIDDEN))),
+        ("SET", RowCodec(torch.bfloat16, TOP_K, HIDDEN - 1, "").encode(key, bytes(2 * TOP_K * (HIDDEN - 1)))),
+        ("SET", RowCodec(torch.bfloat16, TOP_K, HIDDEN, "another salt").encode(key, value[-2 * TOP_K * HIDDEN :])),
     ]
