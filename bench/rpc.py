@@ -24,7 +24,7 @@ from bench.figures import distribution
 from bench.layer_stack import LAYER, Gateway, LayerShape, connected, random_layer
 from bench.machine import describe
 from bench.report import write
-from consilium.frames import Frame, decode_result
+from consilium.frames import Frame
 from gateway.dispatcher import Worker
 from tests.stack import running
 
@@ -47,7 +47,7 @@ def calls(gateway: Gateway, size: int) -> Callable[[], None]:
 
     async def call() -> None:
         reply = await worker.send(frame, time.monotonic() + PATIENCE)
-        rows = decode_result(reply.result, len(frame.rows), HIDDEN, torch.float32, reply.memory)
+        rows = reply.rows(len(frame.rows), HIDDEN, torch.float32)
         if rows[-1, -1] != frame.rows[-1, -1]:
             raise RuntimeError("the rows that came back are others")
         reply.release()

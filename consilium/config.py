@@ -66,7 +66,10 @@ class GatewayConfig(Section):
     max_step_tokens: int = Field(512, ge=1, le=8192, description="most tokens computed in one step")
     kv_cache_memory: Size = Field(2 * 2**30, ge=2**20, description="memory for keys and values")
     prefix_cache: bool = Field(True, description="keep them for requests that begin alike, as long as there is room")
-    layer_timeout: Duration = Field(60.0, gt=0, description="most time a layer waits for its experts, with retries")
+    # More than 24 days are more milliseconds than epoll can wait for, and 49 more than a call can say.
+    layer_timeout: Duration = Field(
+        60.0, gt=0, le=86_400, description="most time a layer waits for its experts, with retries"
+    )
     threads: int | None = Field(None, ge=1, description="compute threads of the engine; all cores by default")
     dense_quantization: DenseQuantization | None = Field(
         None, description="arithmetic of the projections and the head; int8 by default where the experts are"

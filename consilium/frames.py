@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -15,12 +14,10 @@ from torch import Tensor
 
 from consilium.errors import WireError
 from consilium.kernels.routing import in_order
-from consilium.shared_memory import SharedMemory
-from consilium.wire import WIRE_DTYPES, Memory, Place, decode_tensor, encode_tensor, nbytes
+from consilium.wire import Memory, Place, decode_tensor, encode_tensor
 from protos.expert.v1 import expert_pb2
-from protos.tensor.v1 import tensor_pb2
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +53,6 @@ def encode_call(
     )
 
 
-def shared_bytes(call: expert_pb2.Call) -> int:
-    """Bytes of the call's tensors that lie beside it, by the call's own account; nothing of it is checked."""
-    return sum(nbytes(each) for each in (call.rows, call.scales, call.indices) if each.HasField("offset"))
-
-
 def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype, memory: Memory | None = None) -> Frame:
     """The frame in ``call``, with every size, offset and index checked; tensors may lie in ``memory``.
 
@@ -74,16 +66,17 @@ def decode_call(call: expert_pb2.Call, hidden_size: int, row_dtype: torch.dtype,
     elif call.HasField("scales"):
         raise WireError(f"scales: not expected with {row_dtype} rows")
     indices = decode_tensor(call.indices, "indices", torch.int32, (None,), memory)
-    if isinstance(memory, SharedMemory):
-        indices = indices.clone()  # what has been checked must not change any more
-    experts, offsets = list(call.experts), list(call.offsets)
-    if not in_order(np.array(experts, np.int64), np.array(offsets, np.int64), indices.numpy(), rows.shape[0]):
-        _say_what_is_wrong(experts, offsets, indices, rows)
     prefill = call.traffic_class == expert_pb2.TRAFFIC_CLASS_PREFILL
-    return Frame(call.layer, rows, scales, experts, offsets, indices, prefill)
+    frame = Frame(call.layer, rows, scales, list(call.experts), list(call.offsets), indices, prefill)
+    check_order(frame)
+    return frame
 
 
-def _say_what_is_wrong(experts: list[int], offsets: list[int], indices: Tensor, rows: Tensor) -> NoReturn:
+def check_order(frame: Frame) -> None:
+    """Raises WireError that says what is wrong with experts, offsets or indices."""
+    experts, offsets, indices, rows = frame.experts, frame.offsets, frame.indices, frame.rows
+    if in_order(np.array(experts, np.int64), np.array(offsets, np.int64), indices.numpy(), len(rows)):
+        return
     if any(a >= b for a, b in pairwise(experts)):
         raise WireError(f"experts: must be ascending and distinct, found {experts[:16]}")
     if len(offsets) != len(experts) + 1 or offsets[0] != 0 or offsets[-1] != indices.numel():
@@ -105,12 +98,6 @@ def decode_result(
     return decode_tensor(result.rows, "result rows", dtype, (pairs, hidden_size), memory)
 
 
-def encode_result(
-    rows: Tensor, queue_seconds: float, compute_seconds: float, offset: int | None = None, place: Place | None = None
-) -> expert_pb2.Result:
-    """The message for output rows [P, D]; they are in shared memory at ``offset``, or go where ``place`` says."""
-    if offset is None:
-        message = encode_tensor(rows, place)
-    else:
-        message = tensor_pb2.Tensor(dtype=WIRE_DTYPES[rows.dtype], shape=rows.shape, offset=offset)
-    return expert_pb2.Result(rows=message, queue_us=int(queue_seconds * 1e6), compute_us=int(compute_seconds * 1e6))
+def encode_result(rows: Tensor, queue_us: int, compute_us: int, place: Place | None = None) -> expert_pb2.Result:
+    """The message for output rows [P, D], which go where ``place`` says."""
+    return expert_pb2.Result(rows=encode_tensor(rows, place), queue_us=queue_us, compute_us=compute_us)

@@ -11,7 +11,6 @@ import socket
 from consilium.errors import WireError
 
 PACKET = 2**17  # bytes of the largest packet; sockets have room for a few of them
-INLINE = 2**13  # bytes of the largest tensor in a packet; larger ones go through shared memory
 
 
 def new_socket() -> socket.socket:

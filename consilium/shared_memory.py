@@ -8,8 +8,11 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from consilium.errors import WireError
@@ -18,6 +21,8 @@ from consilium.errors import WireError
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 LARGEST = 2**32  # bytes of address space that a peer can make us map
 ALIGNMENT = 64
+# NumPy knows no bfloat16.
+_NUMPY_DTYPES = {torch.int8: np.int8, torch.bfloat16: np.int16, torch.float32: np.float32}
 
 
 class SharedMemory:
@@ -25,7 +30,7 @@ class SharedMemory:
 
     def __init__(self, descriptor: int, size: int) -> None:
         self.size = size
-        self._bytes = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+        self._map = mmap.mmap(descriptor, size)
 
     @classmethod
     def create(cls, size: int) -> tuple[SharedMemory, int]:
@@ -50,11 +55,22 @@ class SharedMemory:
         except OSError as error:  # for reading only, or there is no address space left
             raise WireError(f"the memfd of {size} bytes cannot be mapped: {error.strerror}") from None
 
-    def view(self, offset: int, size: int, name: str) -> Tensor:
-        """uint8 [size] at ``offset``. Raises WireError when that is not all inside."""
-        if offset % ALIGNMENT or offset + size > self.size:
-            raise WireError(f"{name}: {size} bytes at {offset} do not lie in the shared memory of {self.size} bytes")
-        return self._bytes[offset : offset + size]
+    def check(self, begin: int, end: int) -> None:
+        """Raises WireError when these bytes are not all inside, or do not begin where a call may."""
+        if begin % ALIGNMENT or end > self.size:
+            raise WireError(
+                f"the call's {end - begin} bytes at {begin} do not lie in the shared memory of {self.size} bytes, "
+                f"or do not begin at a multiple of {ALIGNMENT}"
+            )
+
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike, offset: int) -> NDArray[Any]:
+        """A view of what lies at ``offset``; the caller has made sure that it is inside."""
+        return np.ndarray(shape, dtype, self._map, offset)
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+        """The same for torch."""
+        found = torch.from_numpy(self.array(shape, _NUMPY_DTYPES[dtype], offset))
+        return found.view(torch.bfloat16) if dtype is torch.bfloat16 else found
 
 
 class Regions:

@@ -1,7 +1,7 @@
 """Tensors as raw little-endian bytes with dtype and shape, checked before anything is allocated.
 
-The bytes are in the message, or beside it: attached to it, or in memory that both sides share. Decoded tensors are
-views of them: read-only ones of the message's, which are taken out of it once.
+The bytes are in the message, or attached to it. Decoded tensors are views of them: read-only ones of the message's,
+which are taken out of it once.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def decode_tensor(
 ) -> Tensor:
     """A view of the message's bytes as the ``dtype`` and ``shape`` expected; None stands for any length.
 
-    With ``memory`` the bytes may lie there; in shared memory the peer can still change them.
+    With ``memory`` the bytes may lie there.
     Raises WireError that names the field ``name``, what was expected and what was found.
     """
     if message.dtype != WIRE_DTYPES[dtype]:

@@ -8,15 +8,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from consilium.attachment import Parts
 from consilium.errors import DeadlineExceeded, Overloaded
-from consilium.wire import Memory
-from protos.expert.v1 import expert_pb2
+from expert_service.calls import Call, Computed
 
 # So many times in a row may decode pass prompts that wait; then they have their turn.
 MOST_OVERTAKEN = 8
 
-Outcome = expert_pb2.Result | Exception
+Outcome = Computed | Exception
 
 
 class CancelledCallError(Exception):
@@ -27,13 +25,9 @@ class CancelledCallError(Exception):
 class Job:
     """One call that was taken. ``answer`` is called once, on the thread that computes, unless it was cancelled."""
 
-    call: expert_pb2.Call
-    pairs: int
-    received_bytes: int
-    size: int  # with those of its result
+    call: Call
+    size: int  # bytes, with those of its result
     answer: Callable[[Outcome], object]
-    memory: Memory | None = None  # where its tensors lie that are not in the message
-    parts: Parts | None = None  # where the rows of its result go, to be attached to the answer
     received: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
@@ -71,8 +65,7 @@ class CallQueue:
                 )
             self.unfinished += 1
             self._bytes += job.size
-            prefill = job.call.traffic_class == expert_pb2.TRAFFIC_CLASS_PREFILL
-            (self._prefill if prefill else self._decode).append(job)
+            (self._prefill if job.call.prefill else self._decode).append(job)
 
     def take(self, most_pairs: int) -> list[Job]:
         """The next job, and others of its kind that share experts with it, up to ``most_pairs`` in all.
@@ -87,12 +80,12 @@ class CallQueue:
             if not waiting:
                 return []
             taken = [waiting.popleft()]
-            pairs, kept = taken[0].pairs, deque[Job]()
+            pairs, kept = taken[0].call.pairs, deque[Job]()
             while waiting and pairs < most_pairs:
                 job = waiting.popleft()
-                if pairs + job.pairs <= most_pairs and any(_share_experts(job, each) for each in taken):
+                if pairs + job.call.pairs <= most_pairs and any(_share_experts(job, each) for each in taken):
                     taken.append(job)
-                    pairs += job.pairs
+                    pairs += job.call.pairs
                 else:
                     kept.append(job)
             waiting.extendleft(reversed(kept))

@@ -16,12 +16,10 @@ from typing import Protocol
 
 import torch
 
-from consilium.attachment import Parts
 from consilium.errors import ConsiliumError
-from consilium.wire import Memory
 from expert_service.call_queue import CallQueue, CancelledCallError, Job, Outcome
+from expert_service.calls import Call
 from expert_service.frame_computer import FrameComputer
-from protos.expert.v1 import expert_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +59,9 @@ class Executor:
         """Calls that wait or are computed."""
         return self.queue.unfinished
 
-    def submit(
-        self,
-        call: expert_pb2.Call,
-        answer: Callable[[Outcome], object],
-        memory: Memory | None = None,
-        parts: Parts | None = None,
-    ) -> Job:
+    def submit(self, call: Call, answer: Callable[[Outcome], object]) -> Job:
         """Queue a call; may be called by any thread. Raises TooLarge, or Overloaded when the queue is full."""
-        job = Job(call, *self._computer.sizes(call, memory), answer, memory, parts)
+        job = Job(call, self._computer.size(call), answer)
         self.queue.add(job)
         if threading.current_thread() is not self._thread:
             os.eventfd_write(self._wake, 1)

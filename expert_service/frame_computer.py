@@ -1,4 +1,4 @@
-"""From the messages of calls to the messages of their results.
+"""From calls to the rows of their results.
 
 Letters: U distinct token rows, P (token, expert) pairs, D hidden size.
 """
@@ -12,19 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consilium.attachment import Attachment
-from consilium.errors import StalePlacement, TooLarge, WireError
+from consilium.errors import TooLarge
 from consilium.experts import Arithmetic, ExpertWeights
-from consilium.frames import Frame, decode_call, encode_result, shared_bytes
-from consilium.shared_memory import SharedMemory
+from consilium.frames import Frame
+from consilium.link_packets import RowFormat
 from consilium.units import format_size
-from consilium.wire import Memory, nbytes
 from expert_service.call_queue import Job, Outcome
+from expert_service.calls import LONGEST_US, Call, Computed
 from expert_service.coalesce import merge
 from expert_service.store import ExpertStore
-from protos.expert.v1 import expert_pb2
-
-INDEX_BYTES = torch.int32.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,32 +34,25 @@ class _Task:
 
 
 class FrameComputer:
-    """Decodes calls, computes them in batches of at most ``max_batch`` pairs, and encodes the results."""
+    """Decodes calls, and computes them in batches of at most ``max_batch`` pairs."""
 
     def __init__(
         self, store: ExpertStore, arithmetic: Arithmetic, hidden_size: int, max_batch: int, max_frame: int
     ) -> None:
         self._store, self._arithmetic = store, arithmetic
-        self._hidden_size, self.max_batch, self._max_frame = hidden_size, max_batch, max_frame
+        self.form = RowFormat(hidden_size, arithmetic.row_dtype, arithmetic.reply_dtype)
+        self.max_batch, self._max_frame = max_batch, max_frame
 
-    def sizes(self, call: expert_pb2.Call, memory: Memory | None = None) -> tuple[int, int, int]:
-        """Rows of the call's result as the call says, bytes of the call, and those with the rows of its result.
-
-        What is attached counts as it is, what lies in shared memory as the call says.
-
-        Raises TooLarge when one of them passes the largest frame.
-        """
-        pairs = nbytes(call.indices) // INDEX_BYTES
-        size = pairs * self._hidden_size * self._arithmetic.reply_dtype.itemsize
-        beside = memory.size if isinstance(memory, Attachment) else shared_bytes(call)
-        received = call.ByteSize() + beside
-        for what, found in (("call", received), (f"result of {pairs} rows", size)):
+    def size(self, call: Call) -> int:
+        """Bytes of the call with the rows of its result. Raises TooLarge when one of them passes the largest frame."""
+        result = call.pairs * self.form.hidden_size * self.form.replies.itemsize
+        for what, found in (("call", call.nbytes), (f"result of {call.pairs} rows", result)):
             if found > self._max_frame:
                 raise TooLarge(
                     f"the {what} takes {found} bytes, more than this worker's largest frame of "
                     f"{format_size(self._max_frame)}; send fewer rows, or raise worker.max_frame"
                 )
-        return pairs, received, received + size
+        return call.nbytes + result
 
     def compute(self, jobs: Sequence[Job]) -> list[Outcome]:
         """What each of ``jobs``, which are for one layer, comes to.
@@ -88,30 +77,14 @@ class FrameComputer:
             return [outcome or error for outcome in outcomes]
         seconds = time.monotonic() - started
         for task in tasks:
-            job = jobs[task.place]
-            offset = job.call.result_offset if job.call.HasField("result_offset") else None
-            attach = None if job.parts is None else job.parts.place
-            outcomes[task.place] = encode_result(task.rows, started - job.received, seconds, offset, attach)
+            waited = started - jobs[task.place].received
+            outcomes[task.place] = Computed(task.rows, _microseconds(waited), _microseconds(seconds))
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _task(self, place: int, job: Job) -> _Task:
         """Raises WireError, StalePlacement."""
-        frame = decode_call(job.call, self._hidden_size, self._arithmetic.row_dtype, job.memory)
-        if job.call.weight_version:
-            raise StalePlacement(
-                f"this worker has no weight version {job.call.weight_version!r}; leave the field empty"
-            )
-        return _Task(place, frame, self._store.find(frame.layer, frame.experts), self._room(job, frame))
-
-    def _room(self, job: Job, frame: Frame) -> Tensor:
-        """Where the output rows [P, D] go: shared memory, where the caller made room there. Raises WireError."""
-        shape, dtype = (frame.indices.numel(), self._hidden_size), self._arithmetic.reply_dtype
-        if not job.call.HasField("result_offset"):
-            return torch.empty(shape, dtype=dtype)
-        if not isinstance(job.memory, SharedMemory):
-            raise WireError("result_offset: there is no shared memory here")
-        size = shape[0] * shape[1] * dtype.itemsize
-        return job.memory.view(job.call.result_offset, size, "result_offset").view(dtype).view(shape)
+        frame = job.call.frame(self.form)
+        return _Task(place, frame, self._store.find(frame.layer, frame.experts), job.call.room(self.form))
 
     def _compute(self, task: _Task, job: Job) -> None:
         for start in range(0, len(task.rows), self.max_batch):
@@ -122,7 +95,7 @@ class FrameComputer:
     def _compute_together(self, tasks: list[_Task]) -> None:
         """Frames that fit into one batch: the experts that several of them ask for are read once."""
         merged, places = merge([task.frame for task in tasks])
-        found = torch.empty(merged.indices.numel(), self._hidden_size, dtype=self._arithmetic.reply_dtype)
+        found = torch.empty(merged.indices.numel(), self.form.hidden_size, dtype=self.form.replies)
         if len(found):
             self._compute_batch(merged, self._store.find(merged.layer, merged.experts), found, 0)
         for task, own in zip(tasks, places, strict=True):
@@ -133,3 +106,8 @@ class FrameComputer:
         end = start + len(out)
         offsets = [min(max(offset, start), end) - start for offset in frame.offsets]
         self._arithmetic.compute(experts, offsets, frame.rows, frame.scales, out, frame.indices[start:end])
+
+
+def _microseconds(seconds: float) -> int:
+    """A worker that was stopped for an hour still answers."""
+    return min(int(seconds * 1e6), LONGEST_US)

@@ -1,4 +1,4 @@
-"""A gateway on this host: calls come in packets on its socket, large tensors in the memory that it shares.
+"""A gateway on this host: calls come in packets on its socket, their tensors in the memory that it shares.
 
 Only the thread that computes uses a link once it is open.
 """
@@ -11,14 +11,21 @@ import socket
 from functools import partial
 from typing import Protocol
 
-from google.protobuf.message import DecodeError
-
 from consilium.errors import ConsiliumError, InvalidRequest
+from consilium.link_packets import (
+    CALL,
+    LENGTHS,
+    CallPacket,
+    RowFormat,
+    pack_error,
+    pack_result,
+    unpack_cancel,
+)
 from consilium.local_socket import PACKET
 from consilium.rpc import to_call_error
 from consilium.shared_memory import SharedMemory
 from expert_service.call_queue import Job, Outcome
-from protos.expert.v1 import expert_pb2
+from expert_service.calls import Call, SharedCall
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +35,14 @@ MOST_PACKETS = 64  # taken at a time, so that one caller cannot keep the thread 
 class Take(Protocol):
     """Queues a call, or raises."""
 
-    def __call__(self, call: expert_pb2.Call, answer: partial[None], memory: SharedMemory) -> Job: ...
+    def __call__(self, call: Call, answer: partial[None]) -> Job: ...
 
 
 class LocalLink:
     """Every call gets an answer of its own, unless the caller cancelled it or is gone."""
 
-    def __init__(self, link: socket.socket, memory: SharedMemory, take: Take) -> None:
-        self._socket, self._memory, self._take = link, memory, take
+    def __init__(self, link: socket.socket, memory: SharedMemory, form: RowFormat, take: Take) -> None:
+        self._socket, self._memory, self._form, self._take = link, memory, form, take
         self._jobs: dict[int, Job] = {}
         self._buffer = memoryview(bytearray(PACKET))
         self._broken = False
@@ -54,12 +61,11 @@ class LocalLink:
                 return False
             if not count:
                 return False
-            try:
-                request = expert_pb2.ForwardRequest.FromString(bytes(self._buffer[:count]))
-            except DecodeError:
-                logger.warning("a local link is closed: what came on it is no ForwardRequest")
+            packet = self._buffer[:count]
+            if LENGTHS.get(packet[0]) != count:
+                logger.warning("a local link is closed: what came on it is neither a call nor a cancel")
                 return False
-            self._accept(request)
+            self._accept(packet)
         return not self._broken
 
     def close(self) -> None:
@@ -69,41 +75,34 @@ class LocalLink:
         self._jobs.clear()
         self._socket.close()
 
-    def _accept(self, request: expert_pb2.ForwardRequest) -> None:
-        kind = request.WhichOneof("kind")
-        if kind == "call":
-            self._start(request.call)
-        elif kind == "cancel":
-            job = self._jobs.pop(request.cancel.call_id, None)
-            if job is not None:
-                job.cancelled = True
-        else:
-            self._send(0, InvalidRequest("the request holds neither a call nor a cancel"))
+    def _accept(self, packet: memoryview) -> None:
+        if packet[0] == CALL:
+            self._start(CallPacket.unpack(packet))
+            return
+        job = self._jobs.pop(unpack_cancel(packet), None)
+        if job is not None:
+            job.cancelled = True
 
-    def _start(self, call: expert_pb2.Call) -> None:
+    def _start(self, packet: CallPacket) -> None:
+        call_id = packet.call_id
         try:
-            if call.call_id in self._jobs:
-                raise InvalidRequest(f"call id {call.call_id} is in use on this link")
-            self._jobs[call.call_id] = self._take(call, partial(self._answer, call.call_id), self._memory)
+            if call_id in self._jobs:
+                raise InvalidRequest(f"call id {call_id} is in use on this link")
+            call = SharedCall(packet, self._memory, self._form)
+            self._jobs[call_id] = self._take(call, partial(self._answer, call_id))
         except Exception as error:  # this call fails, the link goes on
             if not isinstance(error, ConsiliumError):
-                logger.exception("a call for layer %d was not taken", call.layer)
-            self._send(call.call_id, error)
+                logger.exception("a call for layer %d was not taken", packet.layer)
+            self._send(pack_error(call_id, to_call_error(error).SerializeToString()))
 
     def _answer(self, call_id: int, outcome: Outcome) -> None:
         del self._jobs[call_id]
-        self._send(call_id, outcome)
-
-    def _send(self, call_id: int, outcome: Outcome) -> None:
-        response = expert_pb2.ForwardResponse(call_id=call_id)
         if isinstance(outcome, Exception):
-            response.error.CopyFrom(to_call_error(outcome))
+            self._send(pack_error(call_id, to_call_error(outcome).SerializeToString()))
         else:
-            response.result.CopyFrom(outcome)
-        packet = response.SerializeToString()
-        if len(packet) > PACKET:
-            too_long = InvalidRequest(f"the result takes {len(packet)} bytes: more than a packet; give a result_offset")
-            packet = expert_pb2.ForwardResponse(call_id=call_id, error=to_call_error(too_long)).SerializeToString()
+            self._send(pack_result(call_id, outcome.queue_us, outcome.compute_us))
+
+    def _send(self, packet: bytes) -> None:
         try:
             self._socket.send(packet)
         except OSError:  # gone, or it does not read its answers

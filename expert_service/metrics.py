@@ -70,16 +70,16 @@ class ServiceMetrics:
 
     def done(self, job: Job, outcome: Outcome) -> None:
         """A call that was taken is answered; called by the thread that computes."""
-        self._received.inc(job.received_bytes)
+        self._received.inc(job.call.nbytes)
         if job.cancelled or isinstance(outcome, CancelledCallError):
             self._count("cancelled")
         elif isinstance(outcome, Exception):
             self._count(_outcome_of(outcome))
         else:
             self._ok.inc()
-            self._rows.inc(job.pairs)
-            self._batches.inc(-(-job.pairs // self._max_batch))
-            self._sent.inc(outcome.ByteSize() if job.memory is None else job.size - job.received_bytes)
+            self._rows.inc(job.call.pairs)
+            self._batches.inc(-(-job.call.pairs // self._max_batch))
+            self._sent.inc(job.size - job.call.nbytes)
             self._queue.observe(outcome.queue_us / 1e6)
             self._compute.observe(outcome.compute_us / 1e6)
 

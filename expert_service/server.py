@@ -21,6 +21,7 @@ from consilium.config import Config, ExpertGroupConfig
 from consilium.errors import ConfigError
 from consilium.experts import Arithmetic
 from consilium.frames import PROTOCOL_VERSION
+from consilium.link_packets import RowFormat
 from consilium.models import resolve_model
 from consilium.rpc import ErrorInterceptor, server_options
 from consilium.shared_memory import SharedMemory
@@ -100,7 +101,9 @@ class Worker:
         scraped = None if config.metrics_port is None else metrics.serve(config.host, config.metrics_port)
         listener = None  # after all that may fail: nobody but it removes its file
         if config.local_links:
-            listener = LocalListener(description.worker_id, config.socket_folder, _adopter(executor, servicer))
+            listener = LocalListener(
+                description.worker_id, config.socket_folder, _adopter(executor, computer.form, servicer)
+            )
             description.local_sockets.extend(listener.names)
         stopping = _catch_signals()
         await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -118,9 +121,11 @@ class Worker:
             os._exit(0)  # an ordinary exit would tear the interpreter down under the computing thread
 
 
-def _adopter(executor: Executor, servicer: ExpertServicer) -> Callable[[socket.socket, SharedMemory], None]:
+def _adopter(
+    executor: Executor, form: RowFormat, servicer: ExpertServicer
+) -> Callable[[socket.socket, SharedMemory], None]:
     def adopt(link: socket.socket, memory: SharedMemory) -> None:
-        executor.add_link(LocalLink(link, memory, servicer.take))
+        executor.add_link(LocalLink(link, memory, form, servicer.take))
 
     return adopt
 

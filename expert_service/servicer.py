@@ -13,10 +13,11 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from consilium.attachment import Attachment, Parts, unpack
+from consilium.attachment import Attachment, unpack
 from consilium.errors import ExpertUnavailable
-from consilium.wire import Memory
+from consilium.frames import encode_result
 from expert_service.call_queue import Job, Outcome
+from expert_service.calls import Call, MessageCall
 from expert_service.executor import Executor
 from expert_service.metrics import ServiceMetrics
 from expert_service.stream import Answer, ForwardStream, Request
@@ -68,7 +69,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         context: Context,
     ) -> expert_pb2.ForwardOnceResponse:
         with self._counted():
-            return expert_pb2.ForwardOnceResponse(result=await self.submit(request.call))
+            done = await self.submit(request.call)
+            return expert_pb2.ForwardOnceResponse(result=encode_result(done.rows, done.queue_us, done.compute_us))
 
     async def drain(self) -> None:
         """Take nothing new, and return when every call taken has been answered."""
@@ -82,27 +84,22 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self._executor.queue.when_empty(lambda: loop.call_soon_threadsafe(idle.set))
         await idle.wait()
 
-    def submit(self, call: expert_pb2.Call, attachment: Attachment | None = None, parts: Parts | None = None) -> Answer:
+    def submit(self, message: expert_pb2.Call, attachment: Attachment | None = None) -> Answer:
         """Queue a call of the event loop. Raises as :meth:`take` does; cancel the future to give it up."""
         loop = asyncio.get_running_loop()
         answer: Answer = loop.create_future()
         settle = partial(_settle, answer)
-        job = self.take(call, lambda outcome: loop.call_soon_threadsafe(settle, outcome), attachment, parts)
+        call = MessageCall(message, attachment)
+        job = self.take(call, lambda outcome: loop.call_soon_threadsafe(settle, outcome))
         answer.add_done_callback(lambda done: _cancel(job) if done.cancelled() else None)
         return answer
 
-    def take(
-        self,
-        call: expert_pb2.Call,
-        answer: Callable[[Outcome], object],
-        memory: Memory | None = None,
-        parts: Parts | None = None,
-    ) -> Job:
+    def take(self, call: Call, answer: Callable[[Outcome], object]) -> Job:
         """Queue a call; any thread may. Raises as the executor does, and ExpertUnavailable while draining."""
         try:
             if self._draining:
                 raise ExpertUnavailable(DRAINING)
-            return self._executor.submit(call, answer, memory, parts)
+            return self._executor.submit(call, answer)
         except Exception as error:
             self._metrics.refused(error)
             raise

@@ -9,15 +9,17 @@ from functools import partial
 
 from consilium.attachment import Attachment, Parts
 from consilium.errors import ConsiliumError, InvalidRequest
+from consilium.frames import encode_result
 from consilium.rpc import to_call_error
+from expert_service.calls import Computed
 from protos.expert.v1 import expert_pb2
 
 logger = logging.getLogger(__name__)
 
-Answer = asyncio.Future[expert_pb2.Result]
+Answer = asyncio.Future[Computed]
 Request = tuple[expert_pb2.ForwardRequest, Attachment | None]
-# Queues a call, or raises; the rows of its result go to the parts if there are any.
-Submit = Callable[[expert_pb2.Call, Attachment | None, Parts | None], Answer]
+# Queues a call, or raises.
+Submit = Callable[[expert_pb2.Call, Attachment | None], Answer]
 
 
 class ForwardStream:
@@ -81,11 +83,10 @@ class ForwardStream:
             self._answer_error(0, InvalidRequest("the request holds neither a call nor a cancel"))
 
     def _start(self, call: expert_pb2.Call, attachment: Attachment | None) -> None:
-        parts = None if attachment is None else Parts()  # as the call came, so it is answered
         try:
             if call.call_id in self._computing:
                 raise InvalidRequest(f"call id {call.call_id} is in use on this stream")
-            answer = self._submit(call, attachment, parts)
+            answer = self._submit(call, attachment)
         except ConsiliumError as error:
             self._answer_error(call.call_id, error)
         except Exception as error:  # a bug: this call fails, the stream goes on
@@ -93,28 +94,33 @@ class ForwardStream:
             self._answer_error(call.call_id, error)
         else:
             self._computing[call.call_id] = answer
-            answer.add_done_callback(partial(self._finish, call.call_id, parts))
+            answer.add_done_callback(partial(self._finish, call.call_id, attachment is not None))
 
     def _cancel(self, call_id: int) -> None:
         answer = self._computing.pop(call_id, None)
         if answer is not None:  # otherwise it is answered already
             answer.cancel()
 
-    def _finish(self, call_id: int, parts: Parts | None, answer: Answer) -> None:
+    def _finish(self, call_id: int, attach: bool, answer: Answer) -> None:
         if not answer.cancelled():
             del self._computing[call_id]
             error = answer.exception()
             if error is None:
-                self._answer(expert_pb2.ForwardResponse(call_id=call_id, result=answer.result()), parts)
+                self._answer_rows(call_id, answer.result(), attach)
             else:
                 self._answer_error(call_id, error)
         self._end_if_idle()
 
-    def _answer_error(self, call_id: int, error: BaseException) -> None:
-        self._answer(expert_pb2.ForwardResponse(call_id=call_id, error=to_call_error(error)))
+    def _answer_rows(self, call_id: int, done: Computed, attach: bool) -> None:
+        """As the call came, so it is answered: with its tensors attached, or in the message."""
+        parts = Parts()
+        result = encode_result(done.rows, done.queue_us, done.compute_us, parts.place if attach else None)
+        self._answer(parts.pack(expert_pb2.ForwardResponse(call_id=call_id, result=result)))
 
-    def _answer(self, response: expert_pb2.ForwardResponse, parts: Parts | None = None) -> None:
-        packed = response.SerializeToString() if parts is None else parts.pack(response)
+    def _answer_error(self, call_id: int, error: BaseException) -> None:
+        self._answer(expert_pb2.ForwardResponse(call_id=call_id, error=to_call_error(error)).SerializeToString())
+
+    def _answer(self, packed: bytes) -> None:
         self._unread_bytes += len(packed)
         self._answers.put_nowait(packed)
 

@@ -16,11 +16,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, InvalidRequest, WireError
-from consilium.frames import Frame, decode_result
+from consilium.frames import Frame
 from consilium.kernels.routing import owned, select
-from consilium.wire import Memory
 from gateway.batches import ExpertBatches, ExpertOutputs
 from gateway.expert_meter import ExpertMeter
 from gateway.mailbox import Completion
@@ -28,7 +28,6 @@ from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
 from gateway.pieces import PIECE_BYTES, in_turn, split
 from gateway.placement import Placement, assign
 from gateway.stage_clock import StageClock
-from protos.expert.v1 import expert_pb2
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +36,14 @@ log = logging.getLogger(__name__)
 class Reply:
     """A worker's answer to one frame, with what it took."""
 
-    result: expert_pb2.Result
+    # The rows [P, D] for P, D and their dtype; raises WireError when they are not that.
+    rows: Callable[[int, int, torch.dtype], Tensor]
+    queue_us: int
+    compute_us: int
     round_trip: float  # seconds
     bytes_sent: int
     bytes_received: int
-    memory: Memory | None = None  # where the rows may lie, until they are released
-    release: Callable[[], None] = lambda: None
+    release: Callable[[], None] = lambda: None  # of the memory that the rows lie in
 
 
 class Worker(Protocol):
@@ -186,9 +187,9 @@ class Dispatcher:
             reply = await call
         finally:
             waits.seconds += self.clock.mark("wire")
-        waits.add(reply.result)
+        waits.add(reply)
         try:
-            rows = decode_result(reply.result, len(slots), outputs.hidden_size, self._row_dtype, reply.memory)  # [P, D]
+            rows = reply.rows(len(slots), outputs.hidden_size, self._row_dtype)  # [P, D]
         except WireError:
             reply.release()
             raise
@@ -220,9 +221,9 @@ class _Waits:
     queue_us: int = 0
     compute_us: int = 0
 
-    def add(self, result: expert_pb2.Result) -> None:
-        if result.queue_us + result.compute_us > self.queue_us + self.compute_us:
-            self.queue_us, self.compute_us = result.queue_us, result.compute_us
+    def add(self, reply: Reply) -> None:
+        if reply.queue_us + reply.compute_us > self.queue_us + self.compute_us:
+            self.queue_us, self.compute_us = reply.queue_us, reply.compute_us
 
 
 @dataclass(slots=True)
@@ -243,7 +244,7 @@ class _Work:
 
     def add(self, reply: Reply, rows: int) -> None:
         """Count one frame of so many rows."""
-        queue_us, compute_us = reply.result.queue_us, reply.result.compute_us
+        queue_us, compute_us = reply.queue_us, reply.compute_us
         self.frames += 1
         self.rows += rows
         self.bytes_sent += reply.bytes_sent

@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from consilium.attachment import unpack
 from consilium.errors import ConsiliumError, ExpertUnavailable
+from consilium.frames import decode_result
 from consilium.rpc import from_call_error
 from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
@@ -94,7 +96,9 @@ class ForwardStream:
             return
         if response.WhichOneof("outcome") == "result":
             seconds = time.monotonic() - pending.started
-            reply = Reply(response.result, seconds, pending.bytes_sent, len(data), attachment)
+            result = response.result
+            rows = partial(decode_result, result, memory=attachment)
+            reply = Reply(rows, result.queue_us, result.compute_us, seconds, pending.bytes_sent, len(data))
             self._mailbox.settle(pending.completion, reply)
             return
         error = from_call_error(response.error)

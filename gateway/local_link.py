@@ -1,4 +1,4 @@
-"""A worker on this host without gRPC: packets on a unix socket, large tensors in memory that both map.
+"""A worker on this host without gRPC: packets on a unix socket, tensors in memory that both map.
 
 The memory is this gateway's: it alone says which bytes are in use, for calls and for their results, so a worker that
 dies or lies leaves nothing to clean up. Opened on the I/O thread; after that only the engine's thread uses it.
@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from consilium.errors import ConsiliumError, ExpertUnavailable, WireError
-from consilium.frames import PROTOCOL_VERSION, Frame, encode_call, shared_bytes
-from consilium.local_socket import INLINE, PACKET, new_socket, send_with_descriptor, socket_address
+from consilium.frames import PROTOCOL_VERSION, Frame
+from consilium.link_packets import ERROR, RESULT, Block, CallPacket, RowFormat, unpack_error, unpack_result
+from consilium.local_socket import PACKET, new_socket, send_with_descriptor, socket_address
 from consilium.rpc import from_call_error
 from consilium.shared_memory import Regions, SharedMemory
-from consilium.wire import element_bytes
 from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
 from protos.expert.v1 import expert_pb2
@@ -33,17 +36,14 @@ WELCOME_SECONDS = 5.0
 class _Pending:
     completion: Completion[Reply]
     started: float
-    bytes_sent: int
-    result_bytes: int
-    regions: list[int]
+    block: Block
 
 
 class LocalLink:
     """Calls in flight to one worker."""
 
-    def __init__(self, link: socket.socket, memory: SharedMemory, row_bytes: int, mailbox: Mailbox) -> None:
-        """``row_bytes`` is the size of one row of a result."""
-        self._socket, self._memory, self._row_bytes, self._mailbox = link, memory, row_bytes, mailbox
+    def __init__(self, link: socket.socket, memory: SharedMemory, form: RowFormat, mailbox: Mailbox) -> None:
+        self._socket, self._memory, self._form, self._mailbox = link, memory, form, mailbox
         self._regions = Regions(memory.size)
         self._pending: dict[int, _Pending] = {}
         self._buffer = memoryview(bytearray(PACKET))
@@ -60,20 +60,21 @@ class LocalLink:
 
     def send(self, call_id: int, frame: Frame, milliseconds: int, completion: Completion[Reply]) -> bool:
         """Start a call; False, with nothing done, when the shared memory has no room for it."""
-        regions: list[int] = []
         try:
-            call = encode_call(frame, call_id, milliseconds, lambda tensor: self._place(tensor, regions))
-            result_bytes = frame.indices.numel() * self._row_bytes
-            if result_bytes > INLINE:
-                call.result_offset = self._take(result_bytes, regions)[0]
-        except MemoryError:
-            self._free(regions)
+            self._form.check(frame)
+        except WireError as error:  # as the worker would say over gRPC
+            completion.settle(error)
+            return True
+        counts = len(frame.rows), len(frame.experts), frame.indices.numel()
+        begin = self._regions.take(Block(0, *counts, self._form).end)
+        if begin is None:
             return False
-        packet = expert_pb2.ForwardRequest(call=call).SerializeToString()
-        sent = len(packet) + shared_bytes(call)
-        self._pending[call_id] = _Pending(completion, time.monotonic(), sent, result_bytes, regions)
+        block = Block(begin, *counts, self._form)
+        block.write(frame, self._form, self._memory)
+        packet = CallPacket(frame.prefill, frame.layer, call_id, begin, *counts, milliseconds)
+        self._pending[call_id] = _Pending(completion, time.monotonic(), block)
         try:
-            self._socket.send(packet)
+            self._socket.send(packet.pack())
         except OSError as error:  # gone, or it hangs and does not read
             self.lose(ExpertUnavailable(f"its local socket takes nothing: {error.strerror}"))
         return True
@@ -108,48 +109,49 @@ class LocalLink:
                 self.lose(ExpertUnavailable("it closed its local socket"))
                 return
             try:
-                self._finish(expert_pb2.ForwardResponse.FromString(bytes(self._buffer[:count])), count)
-            except DecodeError:
-                self.lose(ExpertUnavailable("what came on its local socket is no ForwardResponse"))
+                self._take(self._buffer[:count])
+            except (DecodeError, struct.error):
+                self.lose(ExpertUnavailable("what came on its local socket is no answer"))
 
-    def _finish(self, response: expert_pb2.ForwardResponse, size: int) -> None:
-        pending = self._pending.pop(response.call_id, None)
-        if pending is None:
-            return
-        if response.WhichOneof("outcome") != "result":
-            self._free(pending.regions)
-            error = from_call_error(response.error)
+    def _take(self, packet: memoryview) -> None:
+        """Raises DecodeError, struct.error."""
+        if packet[0] == RESULT:
+            self._finish(*unpack_result(packet))
+        elif packet[0] == ERROR:
+            call_id, data = unpack_error(packet)
+            self._fail(call_id, expert_pb2.CallError.FromString(data))
+        else:
+            raise DecodeError
+
+    def _finish(self, call_id: int, queue_us: int, compute_us: int) -> None:
+        pending = self._pending.pop(call_id, None)
+        if pending is not None:
+            block, seconds = pending.block, time.monotonic() - pending.started
+            sizes = block.result - block.begin, block.end - block.result
+            rows, release = partial(self._rows, block), partial(self._regions.free, block.begin)
+            pending.completion.settle(Reply(rows, queue_us, compute_us, seconds, *sizes, release))
+
+    def _fail(self, call_id: int, said: expert_pb2.CallError) -> None:
+        pending = self._pending.pop(call_id, None)
+        if pending is not None:
+            self._regions.free(pending.block.begin)
+            error = from_call_error(said)
             pending.completion.settle(error)
-            if response.error.code == ExpertUnavailable.grpc_code:
+            if said.code == ExpertUnavailable.grpc_code:
                 self.on_unavailable(error)
-            return
-        received = size + (pending.result_bytes if response.result.rows.HasField("offset") else 0)
-        seconds = time.monotonic() - pending.started
-        regions = pending.regions
-        reply = Reply(response.result, seconds, pending.bytes_sent, received, self._memory, lambda: self._free(regions))
-        pending.completion.settle(reply)
 
-    def _place(self, tensor: Tensor, regions: list[int]) -> int | None:
-        if tensor.nbytes <= INLINE:
-            return None
-        offset, target = self._take(tensor.nbytes, regions)
-        target.copy_(element_bytes(tensor))
-        return offset
-
-    def _take(self, size: int, regions: list[int]) -> tuple[int, Tensor]:
-        """Raises MemoryError when there is no gap for so much."""
-        offset = self._regions.take(size)
-        if offset is None:
-            raise MemoryError
-        regions.append(offset)
-        return offset, self._memory.view(offset, size, "region")
-
-    def _free(self, regions: list[int]) -> None:
-        for offset in regions:
-            self._regions.free(offset)
+    def _rows(self, block: Block, pairs: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+        """As Reply has it; a worker has nothing to say about them, so only who asks may be wrong."""
+        size = pairs * hidden_size * dtype.itemsize
+        if (hidden_size, dtype, size) != (self._form.hidden_size, self._form.replies, block.end - block.result):
+            raise WireError(
+                f"result rows: [{pairs}, {hidden_size}] {dtype} are not the {block.end - block.result} bytes of rows "
+                f"[any, {self._form.hidden_size}] {self._form.replies} that the call asked for"
+            )
+        return self._memory.tensor((pairs, hidden_size), dtype, block.result)
 
 
-async def open_link(names: Sequence[str], worker_id: str, size: int, row_bytes: int, mailbox: Mailbox) -> LocalLink:
+async def open_link(names: Sequence[str], worker_id: str, size: int, form: RowFormat, mailbox: Mailbox) -> LocalLink:
     """A link over the first of the worker's sockets that can be reached, with ``size`` bytes of memory.
 
     Raises ExpertUnavailable that says why there is none.
@@ -159,14 +161,14 @@ async def open_link(names: Sequence[str], worker_id: str, size: int, row_bytes: 
         link = new_socket()
         try:
             link.connect(socket_address(name))
-            return await _greet(link, worker_id, size, row_bytes, mailbox)
+            return await _greet(link, worker_id, size, form, mailbox)
         except (OSError, TimeoutError, WireError) as error:
             link.close()
             reasons.append(f"{name}: {getattr(error, 'strerror', None) or error or 'no answer'}")
     raise ExpertUnavailable("; ".join(reasons) or "it offers no local socket")
 
 
-async def _greet(link: socket.socket, worker_id: str, size: int, row_bytes: int, mailbox: Mailbox) -> LocalLink:
+async def _greet(link: socket.socket, worker_id: str, size: int, form: RowFormat, mailbox: Mailbox) -> LocalLink:
     hello = expert_pb2.LinkHello(protocol_version=PROTOCOL_VERSION, worker_id=worker_id)
     memory, descriptor = SharedMemory.create(size)
     try:
@@ -182,4 +184,4 @@ async def _greet(link: socket.socket, worker_id: str, size: int, row_bytes: int,
         raise WireError("its answer is no LinkWelcome") from None
     if welcome.error:
         raise WireError(f"it refuses: {welcome.error}")
-    return LocalLink(link, memory, row_bytes, mailbox)
+    return LocalLink(link, memory, form, mailbox)

@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import grpc
+import torch
 
 from consilium.attachment import Parts
 from consilium.config import ExpertGroupConfig
 from consilium.errors import ConfigError, ConsiliumError, ExpertUnavailable
 from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
+from consilium.link_packets import RowFormat
 from consilium.rpc import channel_options, from_rpc_error
 from consilium.wire import TORCH_DTYPES
 from gateway.dispatcher import Reply
@@ -200,10 +202,13 @@ class WorkerConnection:
         self._lost = self._no_link = ""
         if not self._expectations.local_links or not description.local_sockets:
             return None
-        row_bytes = description.hidden_size * TORCH_DTYPES[description.row_dtype].itemsize
+        replies = TORCH_DTYPES[description.row_dtype]
+        form = RowFormat(
+            description.hidden_size, torch.int8 if description.quantization == "int8" else replies, replies
+        )
         size = LINK_FRAMES * self._max_frame
         try:
-            link = await open_link(description.local_sockets, description.worker_id, size, row_bytes, self._mailbox)
+            link = await open_link(description.local_sockets, description.worker_id, size, form, self._mailbox)
         except ExpertUnavailable as error:
             self._no_link = f"over gRPC alone: {error.message}"
             log.info("worker %s: %s", self.address, self._no_link)

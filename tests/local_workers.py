@@ -14,7 +14,7 @@ from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
-from consilium.frames import Frame, encode_result
+from consilium.frames import Frame, decode_result, encode_result
 from gateway.batches import ExpertOutputs
 from gateway.dispatcher import Dispatcher, Reply
 from gateway.expert_meter import ExpertMeter
@@ -90,8 +90,8 @@ class LocalWorker:
         if error is not None:
             self.mailbox.settle(completion, error)
         else:
-            result = encode_result(self.compute(frame), 0.0, 0.0)
-            self.mailbox.settle(completion, Reply(result, time.monotonic() - deadline + 10, 1, 1))
+            rows = partial(decode_result, encode_result(self.compute(frame), 0, 0))
+            self.mailbox.settle(completion, Reply(rows, 0, 0, time.monotonic() - deadline + 10, 1, 1))
         return completion
 
 

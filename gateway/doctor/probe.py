@@ -120,7 +120,7 @@ class _Line:
 
     def compute_seconds(self, frame: Frame) -> float:
         """What the worker says it computed."""
-        return self._ask(frame).result.compute_us / 1e6
+        return self._ask(frame).compute_us / 1e6
 
     def _ask(self, frame: Frame) -> Reply:
         reply = self._mailbox.drive(_await(self._connection.send(frame, time.monotonic() + CALL_SECONDS)))

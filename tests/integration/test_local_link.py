@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +15,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
-from consilium.frames import PROTOCOL_VERSION, decode_result, encode_call
+from consilium.frames import PROTOCOL_VERSION, encode_call
+from consilium.link_packets import CallPacket, RowFormat
 from consilium.local_socket import PACKET, new_socket, send_with_descriptor, socket_address
 from consilium.shared_memory import SharedMemory
-from consilium.wire import element_bytes
 from expert_service.local_listener import SUFFIX
 from gateway.local_link import open_link
 from gateway.mailbox import Mailbox
@@ -30,9 +30,11 @@ from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from tests.integration import test_worker_pool
 from tests.integration.completions import DEADLINE_SECONDS, Completion, await_metric, body_of, complete, events, metric
 from tests.integration.grpc_client import SECONDS, connected, conversation, make_frame, rows_of
+from tests.links import Answer, packet_of, place, read_answer, result_rows
 from tests.stack import Process, launch, running, stack, wait_ready, worker_argv
 
 HIDDEN = 64
+FORM = RowFormat(HIDDEN, torch.float32, torch.float32)
 SIZE = 2**20
 PROMPT = list(range(40, 70))
 
@@ -206,7 +208,7 @@ def test_nothing_is_left_of_a_killed_gateway(worker: Process, tiny_mixtral: Path
 
 async def why_not(names: list[str], worker_id: str) -> str:
     try:
-        link = await open_link(names, worker_id, SIZE, 4 * HIDDEN, Mailbox(lambda _: None))
+        link = await open_link(names, worker_id, SIZE, FORM, Mailbox(lambda _: None))
     except Exception as error:
         return str(error)
     link.lose(ConnectionError("the test is over"))  # type: ignore[arg-type] # nobody hears it
@@ -299,13 +301,15 @@ def assert_serves(worker: Process) -> None:
     frame = make_frame(HIDDEN, 1, [0, 3], 3)
     with conversation(worker.address) as stream:
         expected = rows_of(stream.ask(encode_call(frame, 1)).result, frame)
-    with linked(worker) as (link, _):
-        assert torch.equal(rows_of(ask(link, encode_call(frame, 1)).result, frame), expected)
+    with linked(worker) as (link, memory):
+        packet = place(frame, FORM, memory)
+        assert ask(link, packet) == Answer(1)
+        assert torch.equal(result_rows(packet, FORM, memory), expected)
 
 
-def ask(link: socket.socket, call: expert_pb2.Call) -> expert_pb2.ForwardResponse:
-    link.send(expert_pb2.ForwardRequest(call=call).SerializeToString())
-    return expert_pb2.ForwardResponse.FromString(link.recv(PACKET))
+def ask(link: socket.socket, packet: CallPacket) -> Answer:
+    link.send(packet.pack())
+    return read_answer(link.recv(PACKET))
 
 
 def test_hellos_that_are_none(worker: Process, tmp_path: Path) -> None:
@@ -342,77 +346,62 @@ def test_hellos_that_are_none(worker: Process, tmp_path: Path) -> None:
 
 
 def test_packets_that_are_none_end_their_own_link(worker: Process) -> None:
-    cut = expert_pb2.ForwardRequest(call=encode_call(make_frame(HIDDEN, 1, [0], 2), 1)).SerializeToString()
-    with linked(worker) as (good, _):
-        for packet in (b"\xff" * 200, cut[:-5], cut[:1], bytes([0x7F]) * (2 * PACKET)):
+    frame = make_frame(HIDDEN, 1, [0], 2)
+    whole = packet_of(frame).pack()
+    with linked(worker) as (good, memory):
+        for packet in (b"\xff" * 200, whole[:-5], whole[:1], whole + b"\0", whole + bytes(2 * PACKET)):
             with linked(worker) as (link, _):
                 link.send(packet)
                 assert link.recv(PACKET) == b""
-        frame = make_frame(HIDDEN, 1, [0], 2)
-        assert ask(good, encode_call(frame, 5)).call_id == 5, "another link goes on"
+        assert ask(good, place(frame, FORM, memory, 5)) == Answer(5), "another link goes on"
     assert_serves(worker)
-
-
-def shared_call(memory: SharedMemory, call_id: int = 1, rows: int = 200) -> expert_pb2.Call:
-    """Rows and indices lie in ``memory``, at 0 and 2**18; the result goes to 2**19."""
-    places = iter([0, 2**18])
-
-    def place(tensor: torch.Tensor) -> int:
-        offset = next(places)
-        memory.view(offset, tensor.nbytes, "place").copy_(element_bytes(tensor))
-        return offset
-
-    call = encode_call(make_frame(HIDDEN, 1, [0, 3], rows), call_id, 0, place)
-    call.result_offset = 2**19
-    return call
 
 
 def test_calls_in_memory_that_lie(worker: Process) -> None:
+    frame = make_frame(HIDDEN, 1, [0, 3], 200)
     with linked(worker) as (link, memory):
-        call = shared_call(memory)
-        frame = make_frame(HIDDEN, 1, [0, 3], 200)
-        response = ask(link, call)
-        found = decode_result(response.result, 400, HIDDEN, torch.float32, memory)
+        good = place(frame, FORM, memory)
+        assert ask(link, good) == Answer(1)
         with conversation(worker.address) as stream:
-            assert torch.equal(found, rows_of(stream.ask(encode_call(frame, 1)).result, frame))
-        indices = memory.view(2**18, 4, "index")
-        for value in (200, -1, 2**31 - 1, -(2**31)):
-            call = shared_call(memory)
-            indices[:] = torch.frombuffer(bytearray(struct.pack("<i", value)), dtype=torch.uint8)
-            assert "indices: must lie in 0..199" in ask(link, call).error.message
-        for field in ("rows", "indices"):
-            for offset in (SIZE, SIZE - 64, 2**64 - 64, 3):
-                call = shared_call(memory)
-                getattr(call, field).offset = offset
-                assert f"{field}: " in ask(link, call).error.message
-        for offset in (SIZE, SIZE - 64, 2**64 - 64, 3):
-            call = shared_call(memory)
-            call.result_offset = offset
-            assert "result_offset: " in ask(link, call).error.message
+            expected = rows_of(stream.ask(encode_call(frame, 1)).result, frame)
+        assert torch.equal(result_rows(good, FORM, memory), expected)
+        numbers = memory.array((5 + 400,), np.int32, 0)
+        for where, what in ((0, "experts"), (3, "offsets: "), (5, "indices: must lie in 0..199")):
+            for value in (201, -1, 2**31 - 1, -(2**31)):
+                place(frame, FORM, memory)
+                numbers[where] = value
+                assert what in ask(link, good).error
+        place(frame, FORM, memory)
+        for begin in (SIZE, SIZE - 64, 2**64 - 64, 3):
+            assert "do not lie in the shared memory" in ask(link, good._replace(begin=begin)).error
+        most = 2**32 - 1
+        for lie in (good._replace(rows=most), good._replace(experts=most), good._replace(pairs=most)):
+            assert "do not lie in the shared memory" in ask(link, lie).error
+        assert ask(link, good) == Answer(1)
     assert_serves(worker)
 
 
-def test_indices_that_change_while_they_are_computed(worker: Process) -> None:
+def test_numbers_that_change_while_they_are_computed(worker: Process) -> None:
     """Every call is answered, with rows or with an error, and the worker lives."""
     with linked(worker) as (link, memory):
         done = threading.Event()
-        call = shared_call(memory)
-        indices = memory.view(2**18, call.indices.shape[0] * 4, "indices")
-        good = indices.clone()
+        packet = place(make_frame(HIDDEN, 1, [0, 3], 200), FORM, memory)
+        numbers = memory.array((5 + 400,), np.int32, 0)
+        good = numbers.copy()
 
         def change() -> None:
             while not done.is_set():
-                indices.fill_(0x7F)
-                indices.copy_(good)
+                numbers.fill(0x7F7F7F7F)
+                numbers[:] = good
 
         changer = threading.Thread(target=change)
         changer.start()
         try:
-            answers = {ask(link, call).WhichOneof("outcome") for _ in range(200)}
+            answers = [ask(link, packet) for _ in range(200)]
         finally:
             done.set()
             changer.join(SECONDS)
-    assert answers <= {"result", "error"}
+    assert {each.error.partition(":")[0] for each in answers} <= {"", "DATA_LOSS", "FAILED_PRECONDITION"}
     assert_serves(worker)
 
 
@@ -420,24 +409,20 @@ def test_links_that_end_in_the_middle(worker: Process) -> None:
     before = mappings(worker)
     for _ in range(20):
         with linked(worker) as (link, memory):
-            link.send(expert_pb2.ForwardRequest(call=shared_call(memory, rows=900)).SerializeToString())
+            link.send(place(make_frame(HIDDEN, 1, [0, 3], 900), FORM, memory).pack())
     assert_serves(worker)
     await_true(lambda: mappings(worker) == before, "the memory of links that ended is still mapped")
 
 
-def test_an_offset_has_no_place_in_a_grpc_call(worker: Process) -> None:
+def test_an_offset_has_no_place_in_a_grpc_call_without_an_attachment(worker: Process) -> None:
     """Nor does a shape of more sizes than could ever be multiplied."""
-    memory, descriptor = SharedMemory.create(SIZE)
-    os.close(descriptor)
-    odd = shared_call(memory, 2)
+    frame = make_frame(HIDDEN, 1, [0], 1)
+    outside, odd = encode_call(frame, 1, place=lambda _: 0), encode_call(frame, 2)
     odd.rows.shape[:] = [2**32 - 1] * 1_000_000
-    result_only = encode_call(make_frame(HIDDEN, 1, [0], 1), 3)
-    result_only.result_offset = 0
     with conversation(worker.address) as stream:
-        assert "nothing is there" in stream.ask(shared_call(memory, 1)).error.message
+        assert "nothing is there" in stream.ask(outside).error.message
         assert "rows: expected shape" in stream.ask(odd).error.message
-        assert "there is no shared memory here" in stream.ask(result_only).error.message
-        assert stream.ask(encode_call(make_frame(HIDDEN, 1, [0], 1), 4)).HasField("result")
+        assert stream.ask(encode_call(frame, 4)).HasField("result")
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 
 from consilium.config import ExpertGroupConfig
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, WireError
-from consilium.frames import PROTOCOL_VERSION, Frame, decode_result
+from consilium.frames import PROTOCOL_VERSION, Frame
 from consilium.rpc import server_options
 from consilium.wire import encode_tensor
 from gateway import worker_connection, worker_pool
@@ -364,7 +364,7 @@ async def test_a_name_that_two_groups_have_may_lose_its_addresses(names: Names) 
 @pytest.mark.parametrize(
     ("fields", "detail"),
     [
-        ({"protocol_version": 7}, "its protocol version is 7, this gateway's is 2"),
+        ({"protocol_version": 7}, f"its protocol version is 7, this gateway's is {PROTOCOL_VERSION}"),
         ({"model_fingerprint": "a" * 64}, f"its model fingerprint is {'a' * 16}, this gateway's is {'f' * 16}"),
         ({"quantization": "int8"}, "its quantization is int8, this gateway's is none"),
         ({"row_dtype": tensor_pb2.DTYPE_BFLOAT16}, "dtype is"),
@@ -447,7 +447,8 @@ async def test_calls_are_answered_in_any_order_and_fail_alone() -> None:
         worker.answer(ids[0], 1.0)
         for call, value in ((calls[2], 3.0), (calls[0], 1.0)):
             reply = await gateway.outcome(call)
-            assert reply.result.rows == encode_tensor(torch.full((1, MODEL.hidden_size), value))
+            rows = reply.rows(1, MODEL.hidden_size, torch.float32)
+            assert torch.equal(rows, torch.full((1, MODEL.hidden_size), value))
             assert reply.bytes_sent > 4 * MODEL.hidden_size
             assert reply.bytes_received > 4 * MODEL.hidden_size
         assert "too many" in str(await gateway.failure(calls[1]))
@@ -614,7 +615,7 @@ async def test_rows_that_lie_are_refused_and_the_stream_goes_on(lie: dict[str, A
         worker.say(expert_pb2.ForwardResponse(call_id=call_id, result=result, attachment=attached))
         reply = await gateway.outcome(call)
         with pytest.raises(WireError, match="result rows: "):
-            decode_result(reply.result, 1, MODEL.hidden_size, torch.float32, reply.memory)
+            reply.rows(1, MODEL.hidden_size, torch.float32)
         call = gateway.send(worker)
         worker.answer(await worker.receive_call())
         await gateway.outcome(call)

@@ -50,7 +50,7 @@ def test_it_is_the_message_that_the_proto_file_says(frame: Frame, attachment_fir
 @given(st.integers(0, 2**64 - 1), st.integers(1, 40), st.sampled_from([torch.bfloat16, torch.float32]))
 def test_rows_lie_at_multiples_and_are_not_copied(call_id: int, pairs: int, dtype: torch.dtype) -> None:
     rows, parts = torch.rand(pairs, HIDDEN).to(dtype), Parts()
-    data = parts.pack(Response(call_id=call_id, result=encode_result(rows, 0.25, 0.5, place=parts.place)))
+    data = parts.pack(Response(call_id=call_id, result=encode_result(rows, 1, 2, place=parts.place)))
     response, attachment = unpack(Response, data)
     found = decode_result(response.result, pairs, HIDDEN, dtype, attachment)
     assert found.equal(rows)

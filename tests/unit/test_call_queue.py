@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from consilium.errors import DeadlineExceeded, Overloaded
+from consilium.frames import Frame
+from consilium.link_packets import RowFormat
 from expert_service.call_queue import MOST_OVERTAKEN, CallQueue, CancelledCallError, Job
-from protos.expert.v1 import expert_pb2
 
-DECODE, PREFILL = expert_pb2.TRAFFIC_CLASS_DECODE, expert_pb2.TRAFFIC_CLASS_PREFILL
+
+@dataclass
+class Asked:
+    """A call as the queue sees it: of all the protocol it looks at a few numbers."""
+
+    number: int
+    layer: int
+    pairs: int
+    prefill: bool
+    experts: tuple[int, ...]
+    nbytes: int = 1
+    deadline_ms: int = 0
+
+    def frame(self, form: RowFormat) -> Frame:
+        raise NotImplementedError("a queue decodes nothing")
+
+    def room(self, form: RowFormat) -> Tensor:
+        raise NotImplementedError("a queue computes nothing")
 
 
 def job(
-    call_id: int,
+    number: int,
     layer: int = 0,
     pairs: int = 1,
     size: int = 1,
-    kind: expert_pb2.TrafficClass.ValueType = DECODE,
+    prefill: bool = False,
     experts: tuple[int, ...] = (0,),
 ) -> Job:
-    call = expert_pb2.Call(call_id=call_id, layer=layer, traffic_class=kind, experts=experts)
-    return Job(call, pairs, size, size, lambda _: None)
+    return Job(Asked(number, layer, pairs, prefill, experts), size, lambda _: None)
 
 
 def queue(*jobs: Job, max_calls: int = 100, max_bytes: int = 1000) -> CallQueue:
@@ -33,7 +53,7 @@ def queue(*jobs: Job, max_calls: int = 100, max_bytes: int = 1000) -> CallQueue:
 
 
 def ids(jobs: list[Job]) -> list[int]:
-    return [each.call.call_id for each in jobs]
+    return [each.call.number for each in jobs if isinstance(each.call, Asked)]
 
 
 def rounds(waiting: CallQueue, most_pairs: int) -> list[list[int]]:
@@ -49,29 +69,24 @@ def test_an_empty_queue_gives_nothing() -> None:
 
 
 def test_single_tokens_go_before_prompts() -> None:
-    waiting = queue(job(1, kind=PREFILL), job(2), job(3, kind=PREFILL), job(4, layer=1))
+    waiting = queue(job(1, prefill=True), job(2), job(3, prefill=True), job(4, layer=1))
     assert rounds(waiting, 10) == [[2], [4], [1, 3]]
 
 
-def test_a_class_that_is_not_said_counts_as_decode() -> None:
-    waiting = queue(job(1, kind=PREFILL), job(2, kind=expert_pb2.TRAFFIC_CLASS_UNSPECIFIED))
-    assert rounds(waiting, 10) == [[2], [1]]
-
-
 def test_prompts_have_their_turn() -> None:
-    waiting = queue(job(0, kind=PREFILL), job(1, layer=1, kind=PREFILL))
+    waiting = queue(job(0, prefill=True), job(1, layer=1, prefill=True))
     taken = []
-    for call_id in range(2, 2 + 2 * MOST_OVERTAKEN + 2):
-        waiting.add(job(call_id))  # there is always one that generates
+    for number in range(2, 2 + 2 * MOST_OVERTAKEN + 2):
+        waiting.add(job(number))  # there is always one that generates
         taken += ids(waiting.take(1))
     assert [taken.index(each) for each in (0, 1)] == [MOST_OVERTAKEN, 2 * MOST_OVERTAKEN + 1]
 
 
 def test_prompts_that_were_not_waiting_have_not_been_overtaken() -> None:
-    waiting = queue(*(job(call_id, layer=call_id) for call_id in range(20)))
+    waiting = queue(*(job(number, layer=number) for number in range(20)))
     for _ in range(MOST_OVERTAKEN + 1):
         waiting.take(1)
-    waiting.add(job(99, kind=PREFILL))
+    waiting.add(job(99, prefill=True))
     assert ids(waiting.take(1)) == [MOST_OVERTAKEN + 1]
 
 
@@ -95,23 +110,21 @@ def test_one_that_is_larger_than_a_batch_goes_alone() -> None:
     assert rounds(queue(job(1, pairs=50), job(2), job(3)), 8) == [[1], [2, 3]]
 
 
-jobs_strategy = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(0, 6), st.sampled_from([DECODE, PREFILL])), max_size=40
-)
+jobs_strategy = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6), st.booleans()), max_size=40)
 
 
 @given(jobs_strategy, st.integers(1, 10))
 def test_every_call_is_taken_once_and_none_passes_another_of_its_layer_that_fits(
-    made: list[tuple[int, int, expert_pb2.TrafficClass.ValueType]], most_pairs: int
+    made: list[tuple[int, int, bool]], most_pairs: int
 ) -> None:
-    jobs = [job(number, layer, pairs, kind=kind) for number, (layer, pairs, kind) in enumerate(made)]
+    jobs = [job(number, layer, pairs, prefill=prefill) for number, (layer, pairs, prefill) in enumerate(made)]
     waiting, taken = queue(*jobs), list[int]()
     while batch := waiting.take(most_pairs):
-        assert len({(each.call.layer, each.call.traffic_class) for each in batch}) == 1
-        assert len(batch) == 1 or sum(each.pairs for each in batch) <= most_pairs
+        assert len({(each.call.layer, each.call.prefill) for each in batch}) == 1
+        assert len(batch) == 1 or sum(each.call.pairs for each in batch) <= most_pairs
         assert ids(batch) == sorted(ids(batch))
-        left = [each for each in jobs if each.call.call_id not in taken]
-        same_kind = [each for each in left if each.call.traffic_class == batch[0].call.traffic_class]
+        left = [each for number, each in enumerate(jobs) if number not in taken]
+        same_kind = [each for each in left if each.call.prefill == batch[0].call.prefill]
         assert batch[0] is same_kind[0], "the first that waits always goes"
         taken += ids(batch)
     assert sorted(taken) == list(range(len(made)))

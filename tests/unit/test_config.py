@@ -96,6 +96,7 @@ def test_the_environment_states_units_lists_and_groups(load: Load) -> None:
         ("gateway: {port: yes}", "gateway.port: true and false mean nothing here (got True)"),
         ("gateway: {host: 5}", "gateway.host: Input should be a valid string (got 5)"),
         ("gateway: {kv_cache_memory: 1KiB}", "gateway.kv_cache_memory: Input should be greater than or equal"),
+        ("gateway: {layer_timeout: 25h}", "gateway.layer_timeout: Input should be less than or equal to 86400"),
         ("quantization: int4", "quantization: Input should be 'none', 'int8' or 'int8-weight-only' (got 'int4')"),
         ("log: {level: loud}", "log.level: Input should be"),
         ("8000: {}", "8000: Keys should be strings"),

@@ -4,16 +4,20 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic
+from consilium.config import RowDType
 from consilium.errors import DeadlineExceeded, Overloaded, StalePlacement, TooLarge, WireError
-from consilium.frames import Frame, decode_result, encode_call
+from consilium.frames import Frame, encode_call, encode_result
+from consilium.link_packets import pack_result, unpack_result
 from consilium.quantization import quantize_rows
-from consilium.wire import Memory
 from expert_service.call_queue import Job, Outcome
+from expert_service.calls import LONGEST_US, Call, Computed, MessageCall
 from expert_service.executor import Executor
 from expert_service.frame_computer import FrameComputer
 from expert_service.metrics import ServiceMetrics
@@ -28,9 +32,9 @@ MAX_FRAME = 2**16
 DESCRIPTION = expert_pb2.DescribeResponse(model="m", group="g", max_batch=4)
 
 
-def make_computer(max_batch: int = 4096, quantization: str = "none") -> FrameComputer:
+def make_computer(max_batch: int = 4096, quantization: str = "none", dtype: RowDType = "float32") -> FrameComputer:
     """Experts 0, 1 and 4 of layer 3."""
-    arithmetic = find_arithmetic("int8" if quantization == "int8" else "none", "float32", HIDDEN, SIZE)
+    arithmetic = find_arithmetic("int8" if quantization == "int8" else "none", dtype, HIDDEN, SIZE)
     store = ExpertStore([LAYER])
     for number in (0, 1, 4):
         store.add(LAYER, number, arithmetic.prepare(expert(number)))
@@ -45,21 +49,26 @@ def make_frame(rows: int = 5, experts: tuple[int, ...] = (0, 4)) -> Frame:
     return Frame(LAYER, x, None, list(experts), offsets, order.repeat(len(experts)))
 
 
-def make_call(rows: int = 5, call_id: int = 1, deadline_ms: int = 0) -> expert_pb2.Call:
-    return encode_call(make_frame(rows), call_id, deadline_ms)
+def make_call(rows: int = 5) -> expert_pb2.Call:
+    return encode_call(make_frame(rows), 1)
+
+
+def numbered(pairs: int, deadline_ms: int = 0) -> expert_pb2.Call:
+    """One that a Gate tells from others by its pairs."""
+    return encode_call(make_frame(pairs, (0,)), 1, deadline_ms)
 
 
 def make_job(call: expert_pb2.Call) -> Job:
-    return Job(call, len(call.indices.data) // 4, call.ByteSize(), call.ByteSize(), lambda _: None)
+    return Job(MessageCall(call), call.ByteSize(), lambda _: None)
 
 
-def compute(computer: FrameComputer, *calls: expert_pb2.Call) -> list[expert_pb2.Result]:
-    """The results of calls that are computed together; raises the first error."""
+def compute(computer: FrameComputer, *calls: expert_pb2.Call) -> list[Tensor]:
+    """The rows of calls that are computed together; raises the first error."""
     outcomes = computer.compute([make_job(call) for call in calls])
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
-    return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+    return [outcome.rows for outcome in outcomes if not isinstance(outcome, Exception)]
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 7, 10, 4096])
@@ -71,10 +80,7 @@ def test_a_frame_is_the_same_in_batches_of_any_size(max_batch: int, quantization
         rows, scales = quantize_rows(frame.rows)
         sent = Frame(frame.layer, rows, scales, frame.experts, frame.offsets, frame.indices)
     call = encode_call(sent, 1)
-    found = [
-        decode_result(compute(make_computer(each, quantization), call)[0], 10, HIDDEN, torch.float32)
-        for each in (max_batch, 4096)
-    ]
+    found = [compute(make_computer(each, quantization), call)[0] for each in (max_batch, 4096)]
     assert torch.equal(*found)
     expected = torch.cat([reference(expert(number), frame.rows.flip(0)) for number in (0, 4)]).float()
     assert (found[0] - expected).norm() / expected.norm() < (1e-6 if quantization == "none" else 3e-2)
@@ -82,8 +88,8 @@ def test_a_frame_is_the_same_in_batches_of_any_size(max_batch: int, quantization
 
 def test_a_frame_without_rows() -> None:
     for frame in (make_frame(experts=()), make_frame(rows=0)):
-        (result,) = compute(make_computer(), encode_call(frame, 1))
-        assert decode_result(result, 0, HIDDEN, torch.float32).shape == (0, HIDDEN)
+        (rows,) = compute(make_computer(), encode_call(frame, 1))
+        assert rows.shape == (0, HIDDEN)
 
 
 def test_experts_that_are_not_held() -> None:
@@ -103,17 +109,17 @@ def test_experts_that_are_not_held() -> None:
 def test_a_call_or_a_result_over_the_largest_frame() -> None:
     computer = make_computer()
     call = make_call()
-    assert computer.sizes(call) == (10, call.ByteSize(), call.ByteSize() + 10 * HIDDEN * 4)
+    assert computer.size(MessageCall(call)) == call.ByteSize() + 10 * HIDDEN * 4
     with pytest.raises(TooLarge, match=r"the call takes \d+ bytes, more than .* 64KiB"):
-        computer.sizes(make_call(rows=300))
+        computer.size(MessageCall(make_call(rows=300)))
     frame = make_frame(rows=1)
     many = Frame(LAYER, frame.rows, None, [0], [0, 1000], torch.zeros(1000, dtype=torch.int32))
     with pytest.raises(TooLarge, match="the result of 1000 rows takes 288000 bytes"):
-        computer.sizes(encode_call(many, 1))
+        computer.size(MessageCall(encode_call(many, 1)))
 
 
 class Gate(FrameComputer):
-    """Computes nothing until it is opened; counts what it was asked to compute."""
+    """Computes nothing until it is opened; tells calls, and answers to them, apart by their pairs."""
 
     def __init__(self) -> None:
         self.max_batch = 4096
@@ -121,8 +127,8 @@ class Gate(FrameComputer):
         self.computed: list[int] = []
         self.failure: Exception | None = None
 
-    def sizes(self, call: expert_pb2.Call, memory: Memory | None = None) -> tuple[int, int, int]:  # noqa: ARG002 (as the real one)
-        return 1, call.ByteSize(), call.ByteSize()
+    def size(self, call: Call) -> int:
+        return call.nbytes
 
     def compute(self, jobs: Sequence[Job]) -> list[Outcome]:
         self.entered.set()
@@ -136,8 +142,8 @@ class Gate(FrameComputer):
             return error
         if self.failure is not None:
             return self.failure
-        self.computed.append(job.call.call_id)
-        return expert_pb2.Result(queue_us=job.call.call_id)
+        self.computed.append(job.call.pairs)
+        return Computed(torch.empty(0), queue_us=job.call.pairs, compute_us=0)
 
 
 def submit(executor: Executor, call: expert_pb2.Call) -> Answer:
@@ -171,7 +177,7 @@ async def outcome(answer: Answer) -> str:
 
 def test_calls_are_computed_in_order_off_the_event_loop() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        answers = [submit(executor, make_call(call_id=number)) for number in (1, 2, 3)]
+        answers = [submit(executor, numbered(number)) for number in (1, 2, 3)]
         await asyncio.to_thread(gate.entered.wait)  # the loop goes on while a call is computed
         assert not any(answer.done() for answer in answers)
         gate.opened.set()
@@ -182,32 +188,32 @@ def test_calls_are_computed_in_order_off_the_event_loop() -> None:
 
 def test_a_full_queue_refuses_and_recovers() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        answers = [submit(executor, make_call(call_id=number)) for number in range(4)]
+        answers = [submit(executor, numbered(number)) for number in range(4)]
         with pytest.raises(Overloaded, match=r"4 calls .* try again"):
-            submit(executor, make_call())
+            submit(executor, numbered(1))
         gate.opened.set()
         await asyncio.wait(answers)
-        assert await outcome(submit(executor, make_call(call_id=9))) == "9"
+        assert await outcome(submit(executor, numbered(9))) == "9"
 
     run(body)
 
 
 def test_the_queue_is_bounded_in_bytes() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        size = make_call(rows=100).ByteSize()
-        first = submit(executor, make_call(rows=100))
+        size = numbered(100).ByteSize()
+        first = submit(executor, numbered(100))
         with pytest.raises(Overloaded, match=f"1 calls of {size} bytes wait"):
-            submit(executor, make_call(rows=130))
+            submit(executor, numbered(130))
         gate.opened.set()
         await asyncio.wait([first])
-        assert await outcome(submit(executor, make_call(rows=130))) == "1"
+        assert await outcome(submit(executor, numbered(130))) == "130"
 
     run(body, max_bytes=50_000)
 
 
 def test_a_cancelled_call_is_not_computed() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        answers = [submit(executor, make_call(call_id=number)) for number in (1, 2, 3)]
+        answers = [submit(executor, numbered(number)) for number in (1, 2, 3)]
         await asyncio.to_thread(gate.entered.wait)
         answers[1].cancel()
         await asyncio.sleep(0)  # the callback that tells the job
@@ -219,8 +225,8 @@ def test_a_cancelled_call_is_not_computed() -> None:
 
 def test_a_call_past_its_deadline_is_not_computed() -> None:
     async def body(executor: Executor, gate: Gate) -> None:
-        late = submit(executor, make_call(call_id=1, deadline_ms=1))
-        patient = submit(executor, make_call(call_id=2, deadline_ms=60_000))
+        late = submit(executor, numbered(1, deadline_ms=1))
+        patient = submit(executor, numbered(2, deadline_ms=60_000))
         await asyncio.sleep(0.01)  # the deadline itself is what passes here
         gate.opened.set()
         assert await outcome(late) == "DeadlineExceeded"
@@ -235,9 +241,9 @@ def test_a_failed_call_fails_alone(failure: Exception) -> None:
     async def body(executor: Executor, gate: Gate) -> None:
         gate.failure = failure
         gate.opened.set()
-        assert await outcome(submit(executor, make_call(call_id=1))) == type(failure).__name__
+        assert await outcome(submit(executor, numbered(1))) == type(failure).__name__
         gate.failure = None
-        assert await outcome(submit(executor, make_call(call_id=2))) == "2"
+        assert await outcome(submit(executor, numbered(2))) == "2"
 
     run(body)
 
@@ -252,7 +258,7 @@ def test_the_deadline_is_looked_at_between_batches() -> None:
             if batches == 4:
                 raise DeadlineExceeded("late")
 
-    late = Late(job.call, job.pairs, job.size, job.size, job.answer)
+    late = Late(job.call, job.size, job.answer)
     (outcome,) = make_computer(max_batch=1).compute([late])
     assert isinstance(outcome, DeadlineExceeded)
     assert batches == 4
@@ -274,6 +280,18 @@ def test_calls_for_one_layer_are_computed_together(quantization: str) -> None:
     *together, failed = computer.compute([make_job(each) for each in [*calls, bad]])
     assert isinstance(failed, WireError)
     for found, expected, frame in zip(together, alone, frames, strict=True):
-        assert isinstance(found, expert_pb2.Result)
-        a, b = (decode_result(each, frame.indices.numel(), HIDDEN, torch.float32) for each in (found, expected))
-        assert torch.equal(a, b) if quantization == "int8" else torch.allclose(a, b, atol=1e-6)
+        assert isinstance(found, Computed)
+        assert len(found.rows) == frame.indices.numel()
+        same = torch.equal if quantization == "int8" else partial(torch.allclose, atol=1e-6)
+        assert same(found.rows, expected)
+
+
+def test_a_worker_that_was_stopped_for_hours_still_answers() -> None:
+    """Its times are more than messages and packets can say."""
+    job = make_job(make_call())
+    job.received -= 3 * 3600
+    (outcome,) = make_computer().compute([job])
+    assert isinstance(outcome, Computed)
+    assert outcome.queue_us == LONGEST_US
+    assert encode_result(outcome.rows, outcome.queue_us, outcome.compute_us).queue_us == LONGEST_US
+    assert unpack_result(memoryview(pack_result(1, outcome.queue_us, outcome.compute_us)))[1] == LONGEST_US

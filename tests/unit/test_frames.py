@@ -20,11 +20,12 @@ ROW_DTYPES = [torch.int8, torch.bfloat16, torch.float32]
 
 
 @st.composite
-def frames(draw: st.DrawFn) -> Frame:
-    """Any frame of U = 0..5 token rows over 0..4 experts, experts without rows included."""
+def frames(draw: st.DrawFn, last_expert: int = 2**32 - 1, fewest: int = 0) -> Frame:
+    """Any frame of U = 0..5 token rows over 0..4 experts, each with ``fewest`` rows at least."""
     dtype, total = draw(st.sampled_from(ROW_DTYPES)), draw(st.integers(0, 5))
-    experts = sorted(draw(st.sets(st.integers(0, 2**32 - 1), max_size=4)))
-    chosen = [draw(st.lists(st.integers(0, total - 1), unique=True)) if total else [] for _ in experts]
+    experts = sorted(draw(st.sets(st.integers(0, last_expert), max_size=4 if total >= fewest else 0)))
+    rows = st.lists(st.integers(0, total - 1), min_size=fewest, unique=True) if total else st.just([])
+    chosen = [draw(rows) for _ in experts]
     torch.manual_seed(draw(st.integers(0, 99)))
     return Frame(
         layer=draw(st.integers(0, 2**32 - 1)),
@@ -56,7 +57,7 @@ def test_a_call_round_trips(frame: Frame, call_id: int) -> None:
 @given(st.integers(0, 5), st.sampled_from([torch.bfloat16, torch.float32]))
 def test_a_result_round_trips(pairs: int, dtype: torch.dtype) -> None:
     rows = torch.rand(pairs, HIDDEN).to(dtype)
-    result = expert_pb2.Result.FromString(encode_result(rows, 0.25, 0.5).SerializeToString())
+    result = expert_pb2.Result.FromString(encode_result(rows, 250_000, 500_000).SerializeToString())
     assert (result.queue_us, result.compute_us) == (250_000, 500_000)
     assert decode_result(result, pairs, HIDDEN, dtype).equal(rows)
 

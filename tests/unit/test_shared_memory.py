@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,17 +39,40 @@ def test_both_sides_see_what_either_writes(shared: tuple[SharedMemory, int]) -> 
     ours, descriptor = shared
     theirs = SharedMemory.attach(descriptor)
     assert theirs.size == SIZE
-    ours.view(64, 3, "a")[:] = 7
-    assert theirs.view(0, SIZE, "all").sum() == 21
-    theirs.view(SIZE - 64, 64, "b")[:] = 1
-    assert ours.view(0, SIZE, "all").sum() == 85
+    ours.array((3,), np.uint8, 64)[:] = 7
+    assert theirs.array((SIZE,), np.uint8, 0).sum() == 21
+    theirs.array((64,), np.uint8, SIZE - 64)[:] = 1
+    assert ours.array((SIZE,), np.uint8, 0).sum() == 85
 
 
 def test_the_memory_outlives_its_descriptor() -> None:
     memory, descriptor = SharedMemory.create(SIZE)
     os.close(descriptor)
-    memory.view(0, SIZE, "all")[:] = 1
-    assert memory.view(0, SIZE, "all").sum() == SIZE
+    memory.array((SIZE,), np.uint8, 0)[:] = 1
+    assert memory.array((SIZE,), np.uint8, 0).sum() == SIZE
+
+
+def test_a_view_outlives_its_memory() -> None:
+    memory, descriptor = SharedMemory.create(SIZE)
+    os.close(descriptor)
+    rows = memory.tensor((2, 3), torch.float32, 64)
+    del memory
+    gc.collect()
+    rows[:] = 1
+    assert rows.sum() == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_tensors_are_views_and_may_be_empty_at_the_very_end(
+    shared: tuple[SharedMemory, int], dtype: torch.dtype
+) -> None:
+    memory, descriptor = shared
+    rows = torch.arange(-6, 6).view(3, 4).to(dtype)
+    memory.tensor((3, 4), dtype, 64).copy_(rows)
+    assert SharedMemory.attach(descriptor).tensor((3, 4), dtype, 64).equal(rows)
+    assert memory.tensor((0, 4), dtype, SIZE).shape == (0, 4)
+    size = 12 * dtype.itemsize
+    assert memory.array((size,), np.uint8, 64).tobytes() == rows.view(torch.uint8).numpy().tobytes()
 
 
 def test_what_was_created_cannot_be_shortened(shared: tuple[SharedMemory, int]) -> None:
@@ -95,13 +121,19 @@ def test_a_descriptor_for_reading_alone_is_refused(shared: tuple[SharedMemory, i
         os.close(reading)
 
 
-@pytest.mark.parametrize(
-    ("offset", "size"),
-    [(1, 1), (32, 1), (SIZE, 1), (0, SIZE + 1), (64, SIZE), (2**64 - 64, 64), (2**64 - 64, 128), (0, 2**80)],
-)
-def test_a_view_that_is_not_all_inside_is_refused(shared: tuple[SharedMemory, int], offset: int, size: int) -> None:
-    with pytest.raises(WireError, match=r"rows: \d+ bytes at \d+ do not lie in the shared memory of 4096 bytes"):
-        shared[0].view(offset, size, "rows")
+INSIDE = [(0, SIZE), (0, 0), (SIZE - 64, SIZE), (SIZE, SIZE)]
+NOT_INSIDE = [(1, 2), (32, 64), (SIZE, SIZE + 1), (0, SIZE + 1), (64, SIZE + 64), (2**64 - 64, 2**64), (0, 2**200)]
+
+
+@pytest.mark.parametrize(("begin", "end"), INSIDE)
+def test_what_is_all_inside_is_taken(shared: tuple[SharedMemory, int], begin: int, end: int) -> None:
+    shared[0].check(begin, end)
+
+
+@pytest.mark.parametrize(("begin", "end"), NOT_INSIDE)
+def test_what_is_not_all_inside_is_refused(shared: tuple[SharedMemory, int], begin: int, end: int) -> None:
+    with pytest.raises(WireError, match=f"the call's {end - begin} bytes at {begin} do not lie in .* of 4096 bytes"):
+        shared[0].check(begin, end)
 
 
 @given(st.lists(sizes | st.none(), max_size=60), st.randoms())

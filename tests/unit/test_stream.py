@@ -6,16 +6,15 @@ from collections.abc import AsyncIterator
 import pytest
 import torch
 
-from consilium.attachment import Attachment, Parts, unpack
+from consilium.attachment import Attachment, unpack
 from consilium.errors import WireError
-from consilium.frames import encode_result
 from consilium.wire import decode_tensor
+from expert_service.calls import Computed
 from expert_service.stream import Answer, ForwardStream, Request
 from protos.expert.v1 import expert_pb2
-from protos.tensor.v1 import tensor_pb2
 
 UNREAD = 10_000
-RESULT = expert_pb2.Result(rows=tensor_pb2.Tensor(data=bytes(1000)))
+RESULT = Computed(torch.zeros(250), 0, 0)
 
 
 async def settle() -> None:
@@ -39,9 +38,8 @@ class Caller:
             yield expert_pb2.ForwardRequest(call=expert_pb2.Call(call_id=number)), None
         await self.ended.wait()
 
-    def submit(self, call: expert_pb2.Call, attachment: Attachment | None, parts: Parts | None) -> Answer:
+    def submit(self, call: expert_pb2.Call, attachment: Attachment | None) -> Answer:
         assert attachment is None
-        assert parts is None
         if call.call_id == 77:
             raise RuntimeError("a bug")
         answer: Answer = asyncio.get_running_loop().create_future()
@@ -57,8 +55,8 @@ def test_calls_are_not_read_while_answers_are_not() -> None:
     async def body() -> None:
         caller = Caller(count=60)
 
-        def at_once(call: expert_pb2.Call, attachment: Attachment | None, parts: Parts | None) -> Answer:
-            answer = caller.submit(call, attachment, parts)
+        def at_once(call: expert_pb2.Call, attachment: Attachment | None) -> Answer:
+            answer = caller.submit(call, attachment)
             answer.set_result(RESULT)
             return answer
 
@@ -155,10 +153,10 @@ def test_rows_are_attached_when_the_call_came_with_an_attachment() -> None:
         caller, taken = Caller(count=0), list[Attachment | None]()
         caller.reading.set()
 
-        def submit(_call: expert_pb2.Call, attachment: Attachment | None, parts: Parts | None) -> Answer:
+        def submit(_call: expert_pb2.Call, attachment: Attachment | None) -> Answer:
             taken.append(attachment)
             answer: Answer = asyncio.get_running_loop().create_future()
-            answer.set_result(encode_result(rows, 0, 0, place=None if parts is None else parts.place))
+            answer.set_result(Computed(rows, 0, 0))
             return answer
 
         attachment = Attachment(b"anything")

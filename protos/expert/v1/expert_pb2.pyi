@@ -173,7 +173,6 @@ class Call(_message.Message):
     WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     TRAFFIC_CLASS_FIELD_NUMBER: _builtins.int
-    RESULT_OFFSET_FIELD_NUMBER: _builtins.int
     call_id: _builtins.int
     layer: _builtins.int
     deadline_ms: _builtins.int
@@ -183,8 +182,6 @@ class Call(_message.Message):
     tenant: _builtins.str
     traffic_class: Global___TrafficClass.ValueType
     """Decode goes first in a worker's queue."""
-    result_offset: _builtins.int
-    """On a link with shared memory: where in it the rows of the result go."""
     @_builtins.property
     def rows(self) -> _tensor_pb2.Tensor:
         """[U, D] the token rows: int8 with `scales`, or bfloat16 / float32."""
@@ -217,15 +214,12 @@ class Call(_message.Message):
         weight_version: _builtins.str = ...,
         tenant: _builtins.str = ...,
         traffic_class: Global___TrafficClass.ValueType = ...,
-        result_offset: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_result_offset", b"_result_offset", "indices", b"indices", "result_offset", b"result_offset", "rows", b"rows", "scales", b"scales"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "rows", b"rows", "scales", b"scales"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result_offset", b"_result_offset", "call_id", b"call_id", "deadline_ms", b"deadline_ms", "experts", b"experts", "indices", b"indices", "layer", b"layer", "offsets", b"offsets", "result_offset", b"result_offset", "rows", b"rows", "scales", b"scales", "tenant", b"tenant", "traffic_class", b"traffic_class", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "deadline_ms", b"deadline_ms", "experts", b"experts", "indices", b"indices", "layer", b"layer", "offsets", b"offsets", "rows", b"rows", "scales", b"scales", "tenant", b"tenant", "traffic_class", b"traffic_class", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__result_offset: _TypeAlias = _typing.Literal["result_offset"]  # noqa: Y015
-    _WhichOneofArgType__result_offset: _TypeAlias = _typing.Literal["_result_offset", b"_result_offset"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__result_offset) -> _WhichOneofReturnType__result_offset | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Call: _TypeAlias = Call  # noqa: Y015
 
@@ -381,8 +375,8 @@ Global___ForwardResponse: _TypeAlias = ForwardResponse  # noqa: Y015
 @_typing.final
 class LinkHello(_message.Message):
     """The first packet on a worker's local socket (SOCK_SEQPACKET). With it comes one descriptor: a memfd sealed against
-    shrinking, which the caller owns; large tensors travel in it, and which bytes are in use is the caller's to know.
-    After the answer every packet is a ForwardRequest one way and a ForwardResponse the other.
+    shrinking, which the caller owns; tensors travel in it, and which bytes are in use is the caller's to know.
+    After the answer packets are as consilium/link_packets.py says: fixed numbers, no protobuf but the text of errors.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -56,7 +56,7 @@ class Tensor(_message.Message):
     dtype: Global___Dtype.ValueType
     data: _builtins.bytes
     offset: _builtins.int
-    """Instead of `data`: where the elements begin in the message's attachment, or on a link in the shared memory."""
+    """Instead of `data`: where the elements begin in the message's attachment."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
