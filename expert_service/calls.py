@@ -35,7 +35,7 @@ class Computed:
 
 
 class Call(Protocol):
-    """What is asked for; until :meth:`frame` nothing of it has been checked but that its parts are there."""
+    """What is asked for; until :meth:`frame` nothing but its size has been checked."""
 
     layer: int
     deadline_ms: int  # how long the answer is of use; 0 is for ever
