@@ -124,6 +124,11 @@ class WorkerConfig(Section):
     max_queue: int = Field(1024, ge=1, description="most calls waiting; more are answered with RESOURCE_EXHAUSTED")
     max_frame: Size = Field(64 * 2**20, ge=2**16, le=2**30, description="largest message taken")
     local_links: bool = Field(True, description="let gateways on this host pass frames without gRPC")
+    memory: Size | None = Field(
+        None, ge=1, description="for experts that a router gives it; as much as the model's take by default"
+    )
+    node: str = Field("", description="the host it runs on: a router puts no two copies of an expert on one")
+    advertise: str | None = Field(None, description="HOST:PORT where gateways reach it; where it listens by default")
     socket_folder: Path | None = Field(
         None, description="a folder shared with gateways in other containers of this host, for sockets"
     )
@@ -146,12 +151,38 @@ class CacheConfig(Section):
     @field_validator("redis")
     @classmethod
     def _check_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        return check_redis_url(value)
+
+
+class RouterConfig(Section):
+    """The router, as it runs and as workers and gateways reach it. They use one where this section is."""
+
+    endpoint: str | None = Field(None, description="grpc://HOST:PORT where workers and gateways reach it")
+    host: str = "127.0.0.1"
+    port: int = Field(50050, ge=0, le=65535, description="0 lets the system choose")
+    redis: SecretStr | None = Field(
+        None, description="redis://, rediss:// or unix:// URL of a Redis of its own, where several routers share state"
+    )
+    lease: Duration = Field(10.0, ge=0.5, description="a worker is taken for dead so long after its last heartbeat")
+    replicas: int = Field(1, ge=1, description="copies of every expert, at least, as far as there is room")
+    rebalance: Duration = Field(30.0, gt=0, description="least time between two placements for the sake of balance")
+    load_half_life: Duration = Field(60.0, gt=0, description="after so long a report of load counts half")
+    move_cost: float = Field(0.02, ge=0, description="what moving one expert per worker must win, of the mean load")
+    mixed_numerics: bool = Field(False, description="take workers that round differently from those there are")
+    worker_token_file: Path | None = Field(None, description="a secret that workers show; only they may register")
+    gateway_token_file: Path | None = Field(None, description="a secret that gateways show")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
         if value is not None:
-            url = urlsplit(value.get_secret_value())
-            place = url.path if url.scheme == "unix" else url.hostname
-            if url.scheme not in ("redis", "rediss", "unix") or not place or url.port == 0:  # .port checks itself
-                raise ValueError("write redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH")
+            split_endpoint(value)
         return value
+
+    @field_validator("redis")
+    @classmethod
+    def _check_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        return check_redis_url(value)
 
 
 class LogConfig(Section):
@@ -170,6 +201,7 @@ class Config(Section):
     experts: dict[str, ExpertGroupConfig] = Field(default_factory=dict)
     worker: WorkerConfig = WorkerConfig()
     cache: CacheConfig | None = Field(None, description="absent: no expert output is kept")
+    router: RouterConfig | None = Field(None, description="absent: workers hold what they are told at their start")
     log: LogConfig = LogConfig()
 
     @property
@@ -184,6 +216,16 @@ class Config(Section):
         if value is not None and info.data.get("quantization", "int8") != "int8":
             raise ValueError("works with `quantization: int8` only; choose that, or leave `cache:` out")
         return value
+
+
+def check_redis_url(value: SecretStr | None) -> SecretStr | None:
+    """The URL of a Redis as it is. Raises ValueError that does not quote it: it may hold a password."""
+    if value is not None:
+        url = urlsplit(value.get_secret_value())
+        place = url.path if url.scheme == "unix" else url.hostname
+        if url.scheme not in ("redis", "rediss", "unix") or not place or url.port == 0:  # .port checks itself
+            raise ValueError("write redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH")
+    return value
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
@@ -251,4 +293,4 @@ def _schema_at(path: list[str]) -> Any:
 
 def _is_secret(schema: Any) -> bool:
     """Whether what was written there may hold a secret: a value meant for a whole section may be its URL."""
-    return "SecretStr" in str(schema) or "CacheConfig" in str(schema)
+    return any(name in str(schema) for name in ("SecretStr", "CacheConfig", "RouterConfig"))

@@ -35,6 +35,14 @@ class Unauthenticated(InvalidRequest):
     kind = "authentication_error"
 
 
+class Forbidden(InvalidRequest):
+    """The caller is known, and what it asks for is not for it."""
+
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
+    kind = "permission_error"
+
+
 class UnknownModel(InvalidRequest):
     """The caller named a model that is not served here."""
 

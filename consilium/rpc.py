@@ -18,6 +18,7 @@ from consilium.errors import (
     ConsiliumError,
     DeadlineExceeded,
     ExpertUnavailable,
+    Forbidden,
     InvalidRequest,
     Overloaded,
     StalePlacement,
@@ -53,6 +54,12 @@ def channel_options(max_frame: int = DEFAULT_MAX_FRAME) -> Options:
     return [*_message_sizes(max_frame), *_KEEPALIVE, *own_connection, ("grpc.enable_http_proxy", 0)]
 
 
+def router_channel_options() -> Options:
+    """Options of a channel to a router, which is looked for again at once when it is gone."""
+    reconnect = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100)]
+    return [*channel_options(), *reconnect, ("grpc.max_reconnect_backoff_ms", 1000)]
+
+
 def server_options(max_frame: int = DEFAULT_MAX_FRAME) -> Options:
     """Options of a server whose largest frame is ``max_frame`` bytes.
 
@@ -76,6 +83,7 @@ _ERRORS: dict[str, type[ConsiliumError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,
     "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": Forbidden,
     "NOT_FOUND": UnknownModel,
     "RESOURCE_EXHAUSTED": Overloaded,
     "UNAVAILABLE": ExpertUnavailable,

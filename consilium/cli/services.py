@@ -1,4 +1,4 @@
-"""`consilium gateway`, `expert`, `eval`, `doctor` and `bench`: the services' own programs, found by name.
+"""`consilium gateway`, `expert`, `router`, `eval`, `doctor` and `bench`: the services' own programs, found by name.
 
 The shared kernel imports no service, so they are run as `python -m` would run them.
 """
@@ -18,12 +18,19 @@ from consilium.errors import ConfigError
 SERVICES = {
     "gateway": "run the gateway: HTTP, scheduling, attention, gating",
     "expert": "run one expert worker",
+    "router": "run the router, which decides which worker holds which experts",
     "eval": "say what each quantization costs in accuracy, on a text",
     "doctor": "measure the way to every worker and its experts, and say whether splitting pays",
     "bench": "measure this machine: layer, rpc, serve, peers, … (in a checkout of the source)",
 }
 # The program of each service; `consilium up` starts the same ones.
-MODULES = {"gateway": "gateway", "expert": "expert_service", "eval": "gateway.evaluate", "doctor": "gateway.doctor"}
+MODULES = {
+    "gateway": "gateway",
+    "expert": "expert_service",
+    "router": "router_service",
+    "eval": "gateway.evaluate",
+    "doctor": "gateway.doctor",
+}
 
 
 # `consilium bench NAME`: the others have the name of their module.

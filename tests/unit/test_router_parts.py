@@ -1,0 +1,144 @@
+"""What a router takes and refuses, how it counts load, and who may call what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from consilium.config import Config, RouterConfig, load_config
+from consilium.errors import ConfigError, InvalidRequest
+from consilium.tokens import is_loopback, read_token
+from protos.router.v1 import router_pb2
+from router_service.load import DecayedLoad, enough, pack, total
+from router_service.server import read_tokens
+from tests.router_workers import DEPLOYMENT, layer_experts, record, worker
+
+WORD = "0123456789abcdef"
+
+
+def test_a_worker_that_fits_is_taken() -> None:
+    DEPLOYMENT.check(record("a", [(0, 1)]), [record("b", [(0, 1), (1, 1)])])
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"protocol_version": 99}, "protocol version is 99"),
+        ({"model_fingerprint": "e" * 64}, "model fingerprint is eeee"),
+        ({"quantization": "none"}, "quantization is none, this deployment's is int8"),
+        ({"row_dtype": 2}, "dtype is"),
+        ({"hidden_size": 32}, "hidden size is 32"),
+        ({"numerics_class": "float-avx2"}, "numerics class is float-avx2, the others' is int8-v1"),
+    ],
+)
+def test_a_worker_that_does_not_fit_is_told_why(said: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        DEPLOYMENT.check(router_pb2.WorkerRecord(worker=worker("a", **said)), [record("b")])
+
+
+def test_other_weights_are_refused_by_the_expert() -> None:
+    other = router_pb2.WorkerRecord(worker=worker("a"), held=layer_experts([(0, 1), (1, 2)], content="x"))
+    with pytest.raises(ConfigError, match=r"expert 1 of layer 0 have the hash .* those of b:1"):
+        DEPLOYMENT.check(other, [record("b", [(0, 1)])])
+    DEPLOYMENT.check(other, [record("b", [(0, 3)])])
+
+
+def test_messages_that_make_no_sense_are_refused() -> None:
+    impossible = [record("a", [(0, 4)]), record("a", [(7, 0)])]
+    short = record("a", [(0, 0)])
+    short.held[0].hashes[0] = b"short"
+    nameless, homeless = record(""), record("a")
+    homeless.worker.address = "grpc://a:1"
+    for each in (*impossible, short, nameless, homeless):
+        with pytest.raises(InvalidRequest):
+            DEPLOYMENT.check(each, [])
+
+
+def counts(rows: list[int], layer: int = 0) -> router_pb2.ReportLoadRequest:
+    return router_pb2.ReportLoadRequest(
+        interval_ms=1000, layers=[router_pb2.LayerCounts(layer=layer, rows=rows, reads=[1] * len(rows))]
+    )
+
+
+def test_a_constant_load_becomes_its_rate_and_fades() -> None:
+    now = 0.0
+    load = DecayedLoad([0, 1], 4, 10.0, lambda: now)
+    for _ in range(200):
+        now += 1.0
+        load.add(counts([40, 0, 0, 8]))
+    assert load.demand().rows[0] == pytest.approx([40, 0, 0, 8], rel=0.05)
+    assert load.demand().reads[0, 0] == pytest.approx(1, rel=0.05)
+    now += 10
+    assert load.demand().rows[0, 0] == pytest.approx(20, rel=0.05)
+    summed = total([0, 1], 4, [pack(load.demand()), pack(load.demand()), b"other"])
+    assert summed.rows == pytest.approx(2 * load.demand().rows, rel=1e-5)
+
+
+def test_few_rows_are_chance() -> None:
+    now = 0.0
+    load = DecayedLoad([0], 4, 10.0, lambda: now)
+    load.add(counts([20, 20, 20, 20]))
+    assert not enough(load.demand(), 10.0)
+    load.add(counts([20, 20, 20, 0]))
+    assert enough(load.demand(), 10.0)
+    assert np.array_equal(load.demand().layers, [0])
+
+
+@pytest.mark.parametrize("report", [counts([1] * 3), counts([1] * 4, layer=9)])
+def test_a_report_on_another_model_is_refused(report: router_pb2.ReportLoadRequest) -> None:
+    with pytest.raises(InvalidRequest, match="counts of 4 experts"):
+        DecayedLoad([0, 1], 4, 10.0).add(report)
+
+
+def test_beyond_loopback_a_router_needs_tokens(tmp_path: Path) -> None:
+    assert read_tokens(RouterConfig()) == {}
+    with pytest.raises(ConfigError, match=r"router.worker_token_file.*0.0.0.0 needs a secret"):
+        read_tokens(RouterConfig(host="0.0.0.0"))
+    worker_file, gateway_file = tmp_path / "worker", tmp_path / "gateway"
+    worker_file.write_text(WORD + "\n")
+    with pytest.raises(ConfigError, match=r"router.gateway_token_file"):
+        read_tokens(RouterConfig(worker_token_file=worker_file))
+    gateway_file.write_text(WORD)
+    both = RouterConfig(host="0.0.0.0", worker_token_file=worker_file, gateway_token_file=gateway_file)
+    with pytest.raises(ConfigError, match="different secrets"):
+        read_tokens(both)
+    gateway_file.write_text(WORD[::-1])
+    assert read_tokens(both) == {"worker": WORD, "gateway": WORD[::-1]}
+
+
+@pytest.mark.parametrize(
+    "content", [b"short", b"", b"two words, and long enough", "ümläute-und-mehr".encode(), b"\xff" * 20]
+)
+def test_a_token_is_one_long_word(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="key: "):
+        read_token(file, "key")
+
+
+def test_a_missing_token_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"key: cannot read .*nothing: No such file"):
+        read_token(tmp_path / "nothing", "key")
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
+
+
+def test_the_router_section() -> None:
+    assert Config().router is None
+    config = load_config(environ={"CONSILIUM_ROUTER__REDIS": "redis://:hidden@h:1", "CONSILIUM_ROUTER__LEASE": "5s"})
+    assert config.router is not None
+    assert config.router.lease == 5.0
+    with pytest.raises(ConfigError, match=r"router.redis.*write redis://") as caught:
+        load_config(environ={"CONSILIUM_ROUTER__REDIS": "http://:hidden@h"})
+    assert "hidden" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"router.endpoint.*grpc://HOST:PORT"):
+        load_config(environ={"CONSILIUM_ROUTER__ENDPOINT": "h:1"})
