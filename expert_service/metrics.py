@@ -110,8 +110,9 @@ class ServiceMetrics:
         names = (*_LABELS, *info)
         always = Gauge(_PREFIX + "info", "Always 1; the labels say what runs", names, registry=self.registry)
         always.labels(*self._labels, *info.values()).set(1)
-        self._gauge("experts", "(layer, expert) pairs held").set(sum(len(each) for each in store.hashes.values()))
-        self._gauge("weights_bytes", "Memory of their weights").set(store.nbytes)
+        experts = self._gauge("experts", "(layer, expert) pairs held")
+        experts.set_function(lambda: sum(len(each) for each in list(store.hashes.values())))
+        self._gauge("weights_bytes", "Memory of their weights").set_function(lambda: store.nbytes)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(_PREFIX + name, text, _LABELS, registry=self.registry).labels(*self._labels)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import grpc
 import torch
@@ -24,18 +24,23 @@ from consilium.frames import PROTOCOL_VERSION
 from consilium.link_packets import RowFormat
 from consilium.models import resolve_model
 from consilium.rpc import ErrorInterceptor, server_options
+from consilium.server import advertised, catch_signals, listen
 from consilium.shared_memory import SharedMemory
 from consilium.telemetry import announce
 from consilium.wire import WIRE_DTYPES
 from expert_service.executor import Executor
 from expert_service.frame_computer import FrameComputer
+from expert_service.holdings import Holdings, describe_store
 from expert_service.local_link import LocalLink
 from expert_service.local_listener import LocalListener
 from expert_service.metrics import ServiceMetrics
+from expert_service.registration import Registration
 from expert_service.selection import select_experts, select_layers
 from expert_service.servicer import SERVICE, BareForward, ExpertServicer
+from expert_service.speed import measure
 from expert_service.store import ExpertStore, load_store
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
+from protos.router.v1 import router_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ logger = logging.getLogger(__name__)
 QUEUED_FRAMES, UNREAD_FRAMES = 4, 2
 # For the last bytes to leave once everything is answered.
 CLOSING_SECONDS = 1.0
+LEAST_DRAIN_SECONDS = 0.1  # for calls, when the router took all the time
 
 
 class Worker:
@@ -58,6 +64,9 @@ class Worker:
         self.model = self.checkpoint.config
         layers = select_layers(config.worker.layers, self.model)
         experts = select_experts(config.worker.experts, self.model)
+        self.router = config.router if config.router is not None and config.router.endpoint is not None else None
+        if self.router is not None and config.worker.experts.strip() == "all":
+            experts = []  # the router decides
         self.arithmetic: Arithmetic = find_arithmetic(
             config.quantization, config.reply_dtype, self.model.hidden_size, self.model.expert_size
         )
@@ -76,10 +85,7 @@ class Worker:
             numerics_class=self.arithmetic.numerics_class,
             hidden_size=self.model.hidden_size,
             max_batch=self.max_batch,
-            layers=[
-                expert_pb2.LayerExperts(layer=layer, experts=hashes.keys(), hashes=hashes.values())
-                for layer, hashes in self.store.hashes.items()
-            ],
+            layers=describe_store(self.store),
             device="cpu",
         )
 
@@ -97,7 +103,7 @@ class Worker:
         status = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        address = _listen(server, config.host, config.port)
+        address = listen(server, config.host, config.port)
         scraped = None if config.metrics_port is None else metrics.serve(config.host, config.metrics_port)
         listener = None  # after all that may fail: nobody but it removes its file
         if config.local_links:
@@ -105,20 +111,50 @@ class Worker:
                 description.worker_id, config.socket_folder, _adopter(executor, computer.form, servicer)
             )
             description.local_sockets.extend(listener.names)
-        stopping = _catch_signals()
-        await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        stopping = catch_signals()
         await server.start()
-        announce(address, scraped)
-        await stopping.wait()
+        async with self._registered(description, address) as registration:
+            await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+            announce(address, scraped)
+            await stopping.wait()
+            deadline = asyncio.get_running_loop().time() + config.drain_timeout
+            if registration is not None:
+                await registration.drain(config.drain_timeout)
         await status.enter_graceful_shutdown()
         if listener is not None:
             listener.close()
-        await _drain(servicer, config.drain_timeout)
+        await _drain(servicer, deadline - asyncio.get_running_loop().time())
         await server.stop(CLOSING_SECONDS)
         if not executor.close(CLOSING_SECONDS):
             logger.warning("leaving in the middle of a call")
             logging.shutdown()
             os._exit(0)  # an ordinary exit would tear the interpreter down under the computing thread
+
+    @asynccontextmanager
+    async def _registered(
+        self, description: expert_pb2.DescribeResponse, address: str
+    ) -> AsyncIterator[Registration | None]:
+        """With the router, where there is one."""
+        if self.router is None:
+            yield None
+            return
+        weights = self.arithmetic.prepare(self.checkpoint.expert(self.model.expert_layers()[0], 0))
+        row_ns, read_ns = measure(self.arithmetic, weights, self.model.hidden_size)
+        held = [expert for hashes in self.store.hashes.values() for expert in hashes]
+        config, whole = self.config.worker, len(self.model.expert_layers()) * self.model.num_experts
+        worker = router_pb2.Worker(
+            description=description,
+            address=config.advertise or advertised(address, self.router.endpoint or ""),
+            host=config.node,
+            capacity=whole if config.memory is None else min(whole, max(len(held), config.memory // weights.nbytes())),
+            row_ns=row_ns,
+            read_ns=read_ns,
+        )
+        del worker.description.layers[:]
+        holdings = Holdings(self.checkpoint, self.arithmetic, self.store, description)
+        registration = Registration(self.router, worker, holdings)
+        async with registration.running():
+            yield registration
 
 
 def _adopter(
@@ -131,9 +167,9 @@ def _adopter(
 
 
 async def _drain(servicer: ExpertServicer, seconds: float) -> None:
-    logger.info("draining: finishing the calls taken, for at most %g s", seconds)
+    logger.info("draining: finishing the calls taken, for at most %.3g s", seconds)
     try:
-        await asyncio.wait_for(servicer.drain(), seconds)
+        await asyncio.wait_for(servicer.drain(), max(seconds, LEAST_DRAIN_SECONDS))
     except TimeoutError:
         logger.warning("draining took more than worker.drain_timeout; the rest is given up")
 
@@ -149,30 +185,3 @@ def _max_batch(config: Config) -> int:
             f"{', '.join(sorted(config.experts))} (--group)"
         )
     return config.experts[name].max_batch
-
-
-def _listen(server: grpc.aio.Server, host: str, port: int) -> str:
-    """Take the port, and return the address that clients dial."""
-    bracketed = f"[{host}]" if ":" in host else host
-    try:
-        bound = server.add_insecure_port(f"{bracketed}:{port}")
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cannot listen on {bracketed}:{port}: the port is taken, or the address is not this machine's; "
-            "choose others with --host and --port (0 lets the system choose)"
-        ) from error
-    return f"grpc://{bracketed}:{bound}"
-
-
-def _catch_signals() -> asyncio.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second one ends the process at once."""
-    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def stop(number: int) -> None:
-        if stopping.is_set():
-            os._exit(128 + number)
-        stopping.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
-    return stopping

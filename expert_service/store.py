@@ -17,7 +17,7 @@ PROGRESS_SECONDS = 2.0
 
 
 class ExpertStore:
-    """Weights and content hashes by layer and expert; filled once, then only read."""
+    """Weights and content hashes by layer and expert. One thread changes it while another one reads."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._layers: dict[int, dict[int, ExpertWeights]] = {layer: {} for layer in layers}
@@ -25,22 +25,29 @@ class ExpertStore:
         self.nbytes = 0
 
     def add(self, layer: int, expert: int, weights: ExpertWeights, content_hash: bytes | None = None) -> None:
-        """Hold one more expert of one of the layers; its ``content_hash`` is computed unless it is known."""
-        self._layers[layer][expert] = weights
-        self.hashes[layer][expert] = content_hash or weights.content_hash()
+        """Hold one more expert; its ``content_hash`` is computed unless it is known."""
+        digest = content_hash or weights.content_hash()
+        self._layers.setdefault(layer, {})[expert] = weights
+        self.hashes.setdefault(layer, {})[expert] = digest
         self.nbytes += weights.nbytes()
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Hold one expert less; what is computed with it now goes on."""
+        del self.hashes[layer][expert]
+        self.nbytes -= self._layers[layer].pop(expert).nbytes()
 
     def find(self, layer: int, experts: Sequence[int]) -> list[ExpertWeights]:
         """The weights of ``experts`` of one layer. Raises StalePlacement that names what is not held."""
         held = self._layers.get(layer)
         if held is None:
             raise StalePlacement(f"layer {layer} is not on this worker, which holds layers {_brief(self._layers)}")
-        missing = [expert for expert in experts if expert not in held]
-        if missing:
+        found = [weights for expert in experts if (weights := held.get(expert)) is not None]
+        if len(found) < len(experts):
+            missing = [expert for expert in experts if expert not in held]
             raise StalePlacement(
-                f"experts {_brief(missing)} of layer {layer} are not on this worker, which holds {_brief(held)}"
+                f"experts {_brief(missing)} of layer {layer} are not on this worker, which holds {_brief(list(held))}"
             )
-        return [held[expert] for expert in experts]
+        return found
 
 
 def load_store(

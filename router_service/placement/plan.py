@@ -14,7 +14,7 @@ import numpy as np
 from router_service.placement.homes import find_homes
 from router_service.placement.improve import improve
 from router_service.placement.layer import Bools, Floats, Ints, Layer
-from router_service.placement.repair import repair, trim
+from router_service.placement.repair import repair, strip, trim
 
 # Every expert is taken to have at least this part of the mean load of its layer: what nobody asks for now may be
 # asked for next, and without any load at all the experts are shared evenly.
@@ -126,7 +126,9 @@ def _place(workers: Sequence[WorkerSpec], held: Bools, demand: Demand, policy: P
         Layer(each, mine.copy(), room, near, find_homes(each, hosts, room, policy.gate_groups, policy.replicas))
         for each, mine, room in zip(cost, held, quota, strict=True)
     ]
-    taken = held.sum(axis=(0, 1))  # [W] experts of all layers
+    for layer in layers:
+        strip(layer, policy.replicas)
+    taken = np.sum([layer.taken for layer in layers], axis=0)  # [W] experts of all layers
     # In the second round, beyond a worker's quota, comes what found no other place.
     for step, limits in ((_complete, quota), (_complete, np.full_like(quota, held.shape[1])), (improve, quota)):
         for layer, limit in zip(layers, limits, strict=True):

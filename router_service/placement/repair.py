@@ -22,7 +22,7 @@ def repair(layer: Layer, replicas: int) -> None:
     enough = (wanted - layer.copies)[lacking].sum() <= layer.room.clip(0).sum()
     for copies in [wanted] if enough else (np.full_like(wanted, each + 1) for each in range(replicas)):
         for expert in order:
-            while layer.copies[expert] < copies[expert] and _give(layer, int(expert)):
+            while layer.copies[expert] < copies[expert] and _give(layer, int(expert), replicas):
                 pass
     layer.settle()
 
@@ -43,6 +43,14 @@ def _wanted(layer: Layer, lacking: Ints, size: Floats, replicas: int) -> Ints:
     return wanted
 
 
+def strip(layer: Layer, replicas: int) -> None:
+    """Take copies that are not needed from workers that hold more of the layer than their part."""
+    for worker in np.flatnonzero(layer.room < 0):
+        spare = np.flatnonzero(layer.held[:, worker] & (layer.copies > replicas))
+        for expert in spare[np.argsort(layer.cost[spare, worker], kind="stable")][: -int(layer.room[worker])]:
+            layer.drop(int(expert), int(worker))
+
+
 def trim(layer: Layer) -> None:
     """Take from workers that hold more than they have room for: what others hold too goes first, then what is small."""
     for worker in np.flatnonzero(layer.room < 0):
@@ -52,7 +60,7 @@ def trim(layer: Layer) -> None:
             layer.drop(int(mine[last]), int(worker))
 
 
-def _give(layer: Layer, expert: int) -> bool:
+def _give(layer: Layer, expert: int, replicas: int) -> bool:
     """One more copy, wherever it may be; whether there is a place."""
     if _spread(layer, expert):
         return True
@@ -60,7 +68,22 @@ def _give(layer: Layer, expert: int) -> bool:
     if not layer.copies[expert] and free.any():  # its home is full: better elsewhere than nowhere
         layer.add(expert, _lowest(layer, expert, free))
         return True
-    return _displace(layer, expert, free)
+    return _evict(layer, expert, replicas) or _displace(layer, expert, free)
+
+
+def _evict(layer: Layer, expert: int, replicas: int) -> bool:
+    """One more copy instead of another expert's that is not needed; whether there is one."""
+    least = replicas if layer.copies[expert] else 1  # a first copy is worth more than a second one
+    spare = layer.held & (layer.copies > least)[:, None]  # [E, W]
+    places = layer.allowed(expert) & spare.any(axis=0) & (layer.room >= 0)
+    if not places.any():
+        return False
+    place = _lowest(layer, expert, places)
+    others = np.flatnonzero(spare[:, place])
+    victim = others[np.argmin((layer.share * layer.cost)[others, place])]
+    layer.drop(int(victim), place)
+    layer.add(expert, place)
+    return True
 
 
 def _spread(layer: Layer, expert: int) -> bool:

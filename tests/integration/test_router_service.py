@@ -46,6 +46,12 @@ class Caller:
     def drain(self, name: str) -> router_pb2.DrainResponse:
         return self.stub.Drain(router_pb2.DrainRequest(worker_id=name), timeout=SECONDS, metadata=self.metadata)
 
+    def report(self, rows: Sequence[int], layers: int = 3) -> None:
+        """So many rows of every expert, the same in every layer."""
+        counts = [router_pb2.LayerCounts(layer=each, rows=rows, reads=[1] * len(rows)) for each in range(layers)]
+        request = router_pb2.ReportLoadRequest(gateway_id="g", interval_ms=100, layers=counts)
+        self.stub.ReportLoad(request, timeout=SECONDS, metadata=self.metadata)
+
     def watch(self) -> Iterator[dict[tuple[int, int], set[str]]]:
         """Who may be asked for each expert, epoch by epoch."""
         stream = self.stub.WatchPlacement(router_pb2.WatchPlacementRequest(), timeout=SECONDS, metadata=self.metadata)

@@ -150,6 +150,14 @@ def test_who_leaves_keeps_only_what_nobody_else_has_room_for() -> None:
     assert place([leaving, replace(small, capacity=4)], held, demand, Policy()).holders == dict.fromkeys(held, ("new",))
 
 
+def test_copies_that_are_not_needed_make_room_for_what_is_missing() -> None:
+    specs, demand = [WorkerSpec(name, 6) for name in ("a", "b")], Demand((0, 1, 2), np.ones((3, 4)), np.ones((3, 4)))
+    copied: Holders = {(layer, expert): ("a", "b") for layer in (0, 1) for expert in range(3)}
+    plan = place(specs, copied, demand, Policy())
+    assert not plan.missing
+    assert in_use(plan) == {"a": 6, "b": 6}
+
+
 def test_groups_of_a_node_limited_gate_stay_on_one_host() -> None:
     specs = [WorkerSpec(f"w{index}", 8, host=f"h{index // 2}") for index in range(8)]  # 4 hosts of 16 places
     demand = zipf(1, 32, 0.7)

@@ -1,0 +1,172 @@
+"""A worker under a router: it registers, says that it lives, and holds what it is told to hold.
+
+Loading happens on a thread of its own while calls are answered; the weights of a call that is being computed stay until
+it is done, whatever is dropped meanwhile. Without its router a worker goes on with what it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+
+from consilium.config import RouterConfig
+from consilium.errors import ConfigError, ConsiliumError
+from consilium.rpc import from_rpc_error, router_channel_options
+from consilium.tokens import read_token, token_metadata
+from expert_service.holdings import Expert, Holdings
+from protos.router.v1 import router_pb2, router_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+RPC_SECONDS = 5.0
+RETRY_SECONDS = 0.5  # between attempts to reach the router
+DRAIN_POLL_SECONDS = 0.2
+REPORT_SECONDS = 0.5  # while much is loaded, the router hears of it so often
+_REFUSALS = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+class Registration:
+    """One worker's standing with its router."""
+
+    def __init__(self, config: RouterConfig, worker: router_pb2.Worker, holdings: Holdings) -> None:
+        """Raises ConfigError when the token cannot be read."""
+        assert config.endpoint is not None
+        self._target = config.endpoint.removeprefix("grpc://")
+        file = config.worker_token_file
+        self._metadata = token_metadata(None if file is None else read_token(file, "router.worker_token_file"))
+        self._worker, self._holdings = worker, holdings
+        self._wanted: frozenset[Expert] | None = None  # None until the router has said something
+        self._failed: set[Expert] = set()
+        self._told = -1  # the version of the holdings that the router knows
+        self._interval = RETRY_SECONDS
+        self._news, self._orders = asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Register, then live as the router says. Raises ConfigError when it refuses this worker."""
+        async with grpc.aio.insecure_channel(self._target, options=router_channel_options()) as channel:
+            self._stub = router_pb2_grpc.RouterServiceStub(channel)
+            await self._enter()
+            tasks = [asyncio.ensure_future(self._beat()), asyncio.ensure_future(self._obey())]
+            try:
+                yield
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self, seconds: float) -> None:
+        """Return when nobody needs this worker any more, or after ``seconds``, or where there is no router to ask."""
+        request = router_pb2.DrainRequest(worker_id=self._worker.description.worker_id)
+        last_copies = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while True:
+                    try:
+                        answer = await self._stub.Drain(request, timeout=RPC_SECONDS, metadata=self._metadata)
+                    except grpc.aio.AioRpcError as error:
+                        logger.warning("leaving without the router: %s", from_rpc_error(error).message)
+                        return
+                    if answer.done:
+                        return
+                    last_copies = answer.last_copies
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+        logger.warning("leaving with %d experts that nobody else holds: there was no room, or no time", last_copies)
+
+    async def _enter(self) -> None:
+        """Register; again and again while there is no router."""
+        reported = ""
+        while True:
+            try:
+                await self._register()
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.code() in _REFUSALS:
+                    raise ConfigError(f"the router at {self._target}: {from_rpc_error(error).message}") from None
+                message = from_rpc_error(error).message
+                if message != reported:
+                    logger.warning("the router at %s cannot be reached: %s", self._target, message)
+                reported = message
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _register(self) -> None:
+        version, held = self._holdings.version, self._holdings.describe()
+        request = router_pb2.RegisterRequest(worker=self._worker, held=held)
+        answer = await self._stub.Register(request, timeout=RPC_SECONDS, metadata=self._metadata)
+        self._take(answer.orders, version)
+        logger.info("registered with the router at %s", self._target)
+
+    async def _beat(self) -> None:
+        """Heartbeats; one at once when there is news. Registers again where the router does not know this worker."""
+        reported = ""
+        while True:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), self._interval)
+            try:
+                await self._heartbeat()
+                reported = ""
+            except grpc.aio.AioRpcError as error:
+                message = from_rpc_error(error).message
+                if message != reported:
+                    logger.warning("no heartbeat: %s", message)
+                reported = message
+                await asyncio.sleep(min(RETRY_SECONDS, self._interval))
+
+    async def _heartbeat(self) -> None:
+        version, held = self._holdings.version, None
+        if version != self._told:
+            held = router_pb2.Held(layers=self._holdings.describe())
+        request = router_pb2.HeartbeatRequest(worker_id=self._worker.description.worker_id, held=held)
+        try:
+            answer = await self._stub.Heartbeat(request, timeout=RPC_SECONDS, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            await self._register()
+        else:
+            self._take(answer.orders, version)
+
+    def _take(self, orders: router_pb2.Orders, version: int) -> None:
+        self._told, self._interval = version, orders.interval_ms / 1e3
+        self._wanted = frozenset((each.layer, expert) for each in orders.wanted for expert in each.experts)
+        self._orders.set()
+
+    async def _obey(self) -> None:
+        """Load what is wanted, one expert after the other, and drop what is not."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._orders.wait()
+            self._orders.clear()
+            reported = loop.time()
+            while (expert := self._next()) is not None:
+                try:
+                    await asyncio.to_thread(self._holdings.load, expert)
+                except ConsiliumError as error:
+                    self._failed.add(expert)
+                    logger.error("expert %d of layer %d cannot be loaded: %s", expert[1], expert[0], error.message)
+                if loop.time() - reported > REPORT_SECONDS:
+                    self._news.set()
+                    reported = loop.time()
+            if self._holdings.version != self._told:
+                self._news.set()
+
+    def _next(self) -> Expert | None:
+        """The next expert to load; drops at once what is not wanted (any more)."""
+        if self._wanted is None:
+            return None
+        held = self._holdings.held()
+        for expert in held - self._wanted:
+            self._holdings.drop(expert)
+        return min(self._wanted - held - self._failed, default=None)

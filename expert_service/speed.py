@@ -1,0 +1,39 @@
+"""How fast this worker computes, for a router that shares work out among unequal ones."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from consilium.experts import Arithmetic, ExpertWeights, compute_expert
+from consilium.quantization import quantize_rows
+
+ROWS, REPEATS = 33, 5
+
+
+def measure(arithmetic: Arithmetic, weights: ExpertWeights, hidden_size: int) -> tuple[int, int]:
+    """Nanoseconds for one more row of an expert, and for reading its weights.
+
+    Rounded to powers of the square root of two: machines that are alike shall look alike.
+    """
+    one, many = (_seconds(arithmetic, weights, hidden_size, rows) for rows in (1, ROWS))
+    row = max((many - one) / (ROWS - 1), one / 100)
+    return _rounded(row), _rounded(max(one - row, one / 10))
+
+
+def _seconds(arithmetic: Arithmetic, weights: ExpertWeights, hidden_size: int, rows: int) -> float:
+    """The shortest of a few runs: what else the machine does only makes them longer."""
+    x = torch.ones(rows, hidden_size)
+    inputs = quantize_rows(x) if arithmetic.row_dtype == torch.int8 else (x.to(arithmetic.row_dtype), None)
+    found = math.inf
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        compute_expert(arithmetic, weights, *inputs)
+        found = min(found, time.perf_counter() - started)
+    return found
+
+
+def _rounded(seconds: float) -> int:
+    return max(1, round(2 ** (round(2 * math.log2(seconds * 1e9)) / 2)))
