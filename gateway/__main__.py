@@ -19,6 +19,8 @@ FLAGS = {
     "model": ("model", "a Hugging Face folder, a fetched model's name, or a shape"),
     "quantization": ("quantization", "arithmetic of the experts: int8, int8-weight-only, or none"),
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
+    "router": ("router.endpoint", "grpc://HOST:PORT of the router that knows the workers"),
+    "token-file": ("router.gateway_token_file", "the secret that gateways show the router"),
     "host": ("gateway.host", "address to listen on"),
     "port": ("gateway.port", "port to listen on; 0 lets the system choose"),
     "threads": ("gateway.threads", "compute threads of the engine; all cores by default"),

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ from consilium.wire import ROW_DTYPES, WIRE_DTYPES
 from gateway.arithmetic import find_arithmetic
 from gateway.dispatcher import Dispatcher
 from gateway.engine import Engine
-from gateway.expert_meter import ExpertMeter
+from gateway.expert_meter import ExpertCounts, ExpertMeter
 from gateway.kv_cache import KVPool
 from gateway.kv_store import KVStore
 from gateway.mailbox import Mailbox
@@ -36,6 +37,7 @@ from gateway.micro_batches import MicroBatches
 from gateway.model import Model
 from gateway.pages import commit_small_pages
 from gateway.placement import KnownExperts, describe_missing
+from gateway.router_link import RouterLink
 from gateway.scheduler import Scheduler
 from gateway.worker_connection import REFUSED, Expectations
 from gateway.worker_pool import View, WorkerPool
@@ -169,7 +171,12 @@ class EngineProcess:
             hidden_size=checkpoint.config.hidden_size,
             local_links=config.gateway.local_links,
         )
-        pool = WorkerPool(config.experts, config.worker.max_frame, checkpoint.config, expectations, self._mailbox)
+        router = config.router if config.router is not None and config.router.endpoint is not None else None
+        pool = WorkerPool(
+            config.experts, config.worker.max_frame, checkpoint.config, expectations, self._mailbox, router
+        )
+        if pool.router is not None:
+            self._meter.on_report = partial(_report_load, asyncio.get_running_loop(), pool.router)
         following = asyncio.ensure_future(pool.run())
         reading = asyncio.ensure_future(self._read())
         tasks = [following, reading]
@@ -196,6 +203,11 @@ class EngineProcess:
             return
 
 
+def _report_load(loop: asyncio.AbstractEventLoop, router: RouterLink, counts: ExpertCounts) -> None:
+    """From the engine's thread to the I/O thread."""
+    loop.call_soon_threadsafe(router.report, counts)
+
+
 def _explain(missing: list[tuple[int, int]], workers: list[WorkerStatus]) -> str:
     """Which experts nobody holds, and why the first worker that was refused is not used."""
     wrong = next((each for each in workers if each.detail.startswith(REFUSED)), None)
@@ -204,8 +216,12 @@ def _explain(missing: list[tuple[int, int]], workers: list[WorkerStatus]) -> str
 
 def _check_deployment(config: Config, model: ModelConfig) -> None:
     """Raises ConfigError for what would otherwise fail with the first request, or never become ready."""
-    if not config.experts and model.expert_layers():
-        raise ConfigError("experts: no group is configured; name at least one with its endpoint, grpc://HOST:PORT")
+    routed = config.router is not None and config.router.endpoint is not None
+    if not config.experts and not routed and model.expert_layers():
+        raise ConfigError(
+            "experts: no group is configured; name at least one with its endpoint, grpc://HOST:PORT, or "
+            "router.endpoint where a router knows the workers"
+        )
     row = model.hidden_size * ROW_DTYPES[config.reply_dtype].itemsize
     most = config.worker.max_frame // (row * model.top_k)
     if config.gateway.max_step_tokens > most:  # when one worker holds all the experts of a step's tokens

@@ -11,15 +11,17 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from consilium.config import ExpertGroupConfig, split_endpoint
+from consilium.config import ExpertGroupConfig, RouterConfig, split_endpoint
 from consilium.model_config import ModelConfig
 from gateway.mailbox import Mailbox
 from gateway.messages import WorkerStatus
 from gateway.placement import ExpertIdentity, Placement, build_placement
+from gateway.router_link import PlacedWorker, RouterLink, RouterView
 from gateway.worker_connection import REFUSED, Expectations, WorkerConnection
 
 log = logging.getLogger(__name__)
 
+ROUTER = "the router"  # where an address comes from that no endpoint names
 RESOLVE_INTERVAL = 5.0  # seconds between looks at what a name resolves to
 
 
@@ -43,21 +45,23 @@ class WorkerPool:
         model: ModelConfig,
         expectations: Expectations,
         mailbox: Mailbox,
+        router: RouterConfig | None = None,
     ) -> None:
+        """With a ``router`` it says where workers are and what they are asked for; endpoints are not looked at."""
         self._groups, self._max_frame, self._model = groups, max_frame, model
         self._expectations, self._mailbox = expectations, mailbox
         self._connections: dict[str, WorkerConnection] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._named_by: dict[str, set[str]] = {}  # the endpoints that resolve to each address
         self._unresolved: dict[str, WorkerStatus] = {}
+        self.router = None if router is None else RouterLink(router, self._follow)
+        self._closing: set[asyncio.Future[None]] = set()
+        self._placed: Mapping[str, PlacedWorker] = {}  # what the router says, by address
 
     async def run(self) -> None:
         """Follow the endpoints until cancelled, then close every connection."""
-        watches = [
-            self._watch(group, config, endpoint)
-            for group, config in self._groups.items()
-            for endpoint in config.endpoints
-        ]
+        endpoints = [(name, group, each) for name, group in self._groups.items() for each in group.endpoints]
+        watches = [self.router.run()] if self.router else [self._watch(*each) for each in endpoints]
         self._publish()
         try:
             await asyncio.gather(*watches)
@@ -86,6 +90,19 @@ class WorkerPool:
                     await self._close(endpoint, address)
                 known = found
             await asyncio.sleep(RESOLVE_INTERVAL)
+
+    def _follow(self, view: RouterView) -> None:
+        """Take one epoch of the router's: connect to who is new, part with who is gone."""
+        known, self._placed = self._placed, view.workers
+        for address in sorted(view.workers.keys() - known.keys()):
+            group = view.workers[address].group
+            limits = self._groups.get(group, ExpertGroupConfig(endpoint=f"grpc://{address}"))
+            self._open(group, limits, ROUTER, address)
+        for address in known.keys() - view.workers.keys():
+            closing = asyncio.ensure_future(self._close(ROUTER, address))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        self._publish()
 
     @staticmethod
     async def _resolve(host: str, port: int) -> set[str]:
@@ -124,7 +141,7 @@ class WorkerPool:
         held: dict[str, list[tuple[int, int]]] = {}
         details = {address: each.detail for address, each in self._connections.items()}
         for address, connection in list(usable.items()):
-            experts = _held_experts(connection, self._model)
+            experts = self._held(address, connection)
             odd = next((each for each, digest in experts.items() if hashes.get(each, digest) != digest), None)
             if odd is not None:
                 details[address] = f"{REFUSED}its weights of expert {odd[1]} of layer {odd[0]} differ from a replica's"
@@ -145,9 +162,20 @@ class WorkerPool:
         }
         self._mailbox.post(View(build_placement(held), usable, statuses + list(self._unresolved.values()), identities))
 
+    def _held(self, address: str, connection: WorkerConnection) -> dict[tuple[int, int], bytes]:
+        """What it may be asked for, with content hashes; experts that the model does not have are left out."""
+        if self.router is None:
+            experts: Mapping[tuple[int, int], bytes] = _described(connection)
+        else:
+            experts = self._placed[address].experts if address in self._placed else {}
+        layers, count = self._model.num_layers, self._model.num_experts
+        return {
+            (each, number): digest for (each, number), digest in experts.items() if each < layers and number < count
+        }
 
-def _held_experts(connection: WorkerConnection, model: ModelConfig) -> dict[tuple[int, int], bytes]:
-    """What a worker says it holds, with content hashes; experts that the model does not have are left out."""
+
+def _described(connection: WorkerConnection) -> dict[tuple[int, int], bytes]:
+    """What a worker said it held when it was connected, with content hashes."""
     description = connection.description
     if description is None:
         return {}
@@ -155,5 +183,4 @@ def _held_experts(connection: WorkerConnection, model: ModelConfig) -> dict[tupl
         (layer.layer, expert): digest
         for layer in description.layers
         for expert, digest in zip(layer.experts, layer.hashes, strict=False)
-        if layer.layer < model.num_layers and expert < model.num_experts
     }

@@ -1,0 +1,118 @@
+"""The gateway's link to the router: placements one way, what was asked of the experts the other. On the I/O thread.
+
+While no router can be reached the last placement stays: a router is never needed to answer a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import grpc
+
+from consilium.config import RouterConfig
+from consilium.content_hash import HASH_BYTES
+from consilium.rpc import from_rpc_error, router_channel_options
+from consilium.tokens import read_token, token_metadata
+from gateway.expert_meter import ExpertCounts
+from protos.router.v1 import router_pb2, router_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.5
+REPORT_SECONDS = 5.0  # most that a report may take; nobody waits
+
+Expert = tuple[int, int]  # layer, expert
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedWorker:
+    """What gateways may ask one worker for, with the content hash of each expert."""
+
+    group: str
+    experts: Mapping[Expert, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterView:
+    """One epoch of the router's."""
+
+    epoch: int
+    workers: Mapping[str, PlacedWorker]  # by address
+
+
+class RouterLink:
+    """Follows one router until cancelled."""
+
+    def __init__(self, config: RouterConfig, on_view: Callable[[RouterView], None]) -> None:
+        """``on_view`` is told of every epoch. Raises ConfigError when the token cannot be read."""
+        assert config.endpoint is not None
+        self._target, self._on_view = config.endpoint.removeprefix("grpc://"), on_view
+        file = config.gateway_token_file
+        self._metadata = token_metadata(None if file is None else read_token(file, "router.gateway_token_file"))
+        self._gateway_id = uuid.uuid4().hex
+        self._counts: asyncio.Queue[ExpertCounts] = asyncio.Queue()
+
+    def report(self, counts: ExpertCounts) -> None:
+        """Tell the router when it can be reached."""
+        self._counts.put_nowait(counts)
+
+    async def run(self) -> None:
+        """Watch and report until cancelled."""
+        async with grpc.aio.insecure_channel(self._target, options=router_channel_options()) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            await asyncio.gather(self._watch(stub), self._report(stub))
+
+    async def _watch(self, stub: router_pb2_grpc.RouterServiceAsyncStub) -> None:
+        epoch, reported = 0, ""
+        while True:
+            try:
+                request = router_pb2.WatchPlacementRequest(known_epoch=epoch)
+                async for response in stub.WatchPlacement(request, metadata=self._metadata):
+                    epoch, reported = response.placement.epoch, ""
+                    self._on_view(read_placement(response.placement))
+            except grpc.aio.AioRpcError as error:
+                message = from_rpc_error(error).message
+                if message != reported:  # not the same again at every attempt
+                    log.warning("router %s: %s; the placement stays as it is", self._target, message)
+                reported = message
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _report(self, stub: router_pb2_grpc.RouterServiceAsyncStub) -> None:
+        since = time.monotonic()
+        while True:
+            counts = await self._counts.get()
+            now = time.monotonic()
+            request = router_pb2.ReportLoadRequest(
+                gateway_id=self._gateway_id,
+                interval_ms=int(1e3 * (now - since)),
+                layers=[
+                    router_pb2.LayerCounts(layer=layer, rows=rows, reads=reads)
+                    for layer, (rows, reads) in counts.items()
+                ],
+            )
+            since = now
+            try:
+                await stub.ReportLoad(request, timeout=REPORT_SECONDS, metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                log.debug("a report of load was lost: %s", from_rpc_error(error).message)
+
+
+def read_placement(placement: router_pb2.Placement) -> RouterView:
+    """What the router says, by address. Experts without a hash are left out: nobody holds them."""
+    hashes = {each.layer: each.hashes for each in placement.hashes}
+
+    def digest(layer: int, expert: int) -> bytes:
+        return hashes.get(layer, b"")[expert * HASH_BYTES : (expert + 1) * HASH_BYTES]
+
+    workers = {}
+    for worker in placement.workers:
+        experts = {
+            (each.layer, expert): digest(each.layer, expert) for each in worker.experts for expert in each.experts
+        }
+        workers[worker.address] = PlacedWorker(worker.group, {key: each for key, each in experts.items() if any(each)})
+    return RouterView(placement.epoch, workers)
