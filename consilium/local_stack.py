@@ -64,20 +64,37 @@ def plan_workers(config: Config, experts: int, workers: int, replicas: int, core
     ]
 
 
-def worker_command(worker: LocalWorker, shared: Sequence[str], *, metrics: bool = False) -> list[str]:
-    """The worker's command line, on loopback ports of the system's choice, one more for its metrics if wanted."""
+def router_command(shared: Sequence[str], replicas: int) -> list[str]:
+    """The router's command line, on a loopback port of the system's choice."""
+    place = ["--host", "127.0.0.1", "--port", "0", "--replicas", str(replicas)]
+    return [sys.executable, "-m", "router_service", *shared, *place]
+
+
+def worker_command(
+    worker: LocalWorker, shared: Sequence[str], *, metrics: bool = False, router: str | None = None
+) -> list[str]:
+    """The worker's command line, on loopback ports of the system's choice, one more for its metrics if wanted.
+
+    It holds what it is planned to hold, until a ``router`` says otherwise.
+    """
     held = ",".join(map(str, worker.experts))
     place = ["--host", "127.0.0.1", "--port", "0", "--group", worker.group, "--layers", "all", "--experts", held]
     ports = ["--metrics-port", "0"] if metrics else []
+    ports += [] if router is None else ["--join", router]
     return [sys.executable, "-m", "expert_service", *shared, *place, *ports, "--threads", str(worker.threads)]
 
 
 def gateway_command(
-    config: Config, groups: Sequence[tuple[str, str]], threads: int, shared: Sequence[str]
+    config: Config, groups: Sequence[tuple[str, str]], threads: int, shared: Sequence[str], router: str | None = None
 ) -> list[str]:
-    """The gateway's command line; ``groups`` are pairs of a group's name and the address of one of its workers."""
+    """The gateway's command line; ``groups`` are pairs of a group's name and the address of one of its workers.
+
+    With a ``router`` it learns from there where they are.
+    """
     command = [sys.executable, "-m", "gateway", *shared]
     command += ["--host", config.gateway.host, "--port", str(config.gateway.port), "--threads", str(threads)]
+    if router is not None:
+        return [*command, "--router", router]
     for group, address in groups:
         command += ["--group-endpoint", f"{group}={address}"]
     return command

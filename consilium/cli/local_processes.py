@@ -13,10 +13,11 @@ from rich.text import Text
 from consilium.config import Config
 from consilium.errors import DeadlineExceeded
 from consilium.local_stack import thread_environment
-from consilium.supervisor import Child, Ended, StopAsked, next_event, stop
+from consilium.supervisor import Child, Ended, Listening, StopAsked, next_event, stop
 
 _GATEWAY_COLOUR = "green"
 _CACHE_COLOUR = "white"
+_ROUTER_COLOUR = "bright_black"
 _WORKER_COLOURS = ("cyan", "magenta", "yellow", "blue", "red")
 # Beyond the time that a process is allowed for what it has accepted.
 _GRACE_SECONDS = 5.0
@@ -28,7 +29,7 @@ class StoppedAtStart(Exception):
 
 @dataclass(slots=True)
 class LocalProcesses:
-    """A gateway, its workers, perhaps a cache, and the one queue of what happens to them."""
+    """A gateway, its workers, perhaps a router and a cache, and the one queue of what happens to them."""
 
     config: Config
     shared: list[str]  # arguments that workers and gateway have in common
@@ -39,6 +40,7 @@ class LocalProcesses:
     workers: list[Child] = field(default_factory=list)
     gateway: Child | None = None
     cache: Child | None = None
+    router: Child | None = None
     closing: threading.Event = field(default_factory=threading.Event)
     not_ready: str = "the processes are starting"
 
@@ -55,6 +57,14 @@ class LocalProcesses:
         """Start the cache's server. Nobody waits for it: without it the gateway computes what it does not find."""
         self.cache = self._start("cache", command, 1, _CACHE_COLOUR)
 
+    def start_router(self, command: Sequence[str]) -> str:
+        """Start the router, and return its address once it listens."""
+        self.router = self._start("router", command, 1, _ROUTER_COLOUR)
+        event = self.event_at_start()
+        while not isinstance(event, Listening):
+            event = self.event_at_start()
+        return event.address
+
     def event_at_start(self) -> object:
         """The next event. Raises ChildDied, DeadlineExceeded, and StoppedAtStart."""
         event = next_event(self.events, self.deadline)
@@ -67,14 +77,15 @@ class LocalProcesses:
         return event
 
     def stop(self) -> None:
-        """The gateway first, so that what it has accepted finds its workers; then the workers and the cache."""
+        """The gateway first, so that what it has accepted finds its workers; then the workers, then the rest."""
         self.closing.set()
         gateway = [] if self.gateway is None else [self.gateway]
         if any(child.running for child in (*gateway, *self.workers)):
             self.console.print("stopping (Ctrl-C again does not wait for running requests)")
         hurried = stop(gateway, self.events, self.config.gateway.drain_timeout + _GRACE_SECONDS)
         stop(self.workers, self.events, 0.0 if hurried else self.config.worker.drain_timeout + _GRACE_SECONDS)
-        stop([] if self.cache is None else [self.cache], self.events, 0.0 if hurried else _GRACE_SECONDS)
+        rest = [child for child in (self.router, self.cache) if child is not None]
+        stop(rest, self.events, 0.0 if hurried else _GRACE_SECONDS)
 
     def _start(self, name: str, command: Sequence[str], threads: int, colour: str) -> Child:
         def show(line: str) -> None:

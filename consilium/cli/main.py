@@ -15,6 +15,7 @@ from consilium.cli import config as config_commands
 from consilium.cli import model as model_commands
 from consilium.cli import quantize as quantize_command
 from consilium.cli import services
+from consilium.cli import status as status_command
 from consilium.cli import up as up_command
 from consilium.cli import version as version_command
 from consilium.config import Quantization, RowDType
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_up(commands)
     for name, text in services.SERVICES.items():
         commands.add_parser(name, help=text, add_help=False)
+    status_command.add_parser(commands)
     _add_model(commands)
     quantize_command.add_parser(commands)
     _add_config(commands)
@@ -103,6 +105,9 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--start-timeout", type=_duration, metavar="TIME", default=600.0, help="longest start, until ready (10m)"
     )
     up.add_argument("--metrics", action="store_true", help="workers' metrics on ports of their own, shown in the log")
+    up.add_argument(
+        "--no-router", dest="router", action="store_false", help="workers keep what they start with; nobody may join"
+    )
     up.add_argument("--no-demo", dest="demo", action="store_false", help="send no first request")
     up.set_defaults(command=up_command.up)
 

@@ -26,7 +26,7 @@ from consilium.config import Config, load_config
 from consilium.cores import usable_cores
 from consilium.embedded_cache import EmbeddedCache
 from consilium.errors import ConfigError
-from consilium.local_stack import LocalWorker, gateway_command, plan_workers, ranges, worker_command
+from consilium.local_stack import LocalWorker, gateway_command, plan_workers, ranges, router_command, worker_command
 from consilium.model_config import ModelConfig
 from consilium.model_folder import read_model_folder
 from consilium.models import FETCHABLE, is_model_folder, resolve_model
@@ -61,8 +61,11 @@ def _up(options: argparse.Namespace, cache: EmbeddedCache | None) -> int:
         try:
             if cache is not None:
                 stack.start_cache(cache.command())
-            gateway = _start(stack, workers)
+            router = stack.start_router(router_command(shared, options.replicas)) if options.router else None
+            gateway = _start(stack, workers, router)
             _introduce(stack, gateway, model, workers)
+            if router is not None:
+                stack.console.print(f"watch the workers with: consilium status --router {router}", highlight=False)
             return _watch(stack, gateway, options.demo)
         except StoppedAtStart:
             return 0
@@ -95,15 +98,15 @@ def _model(config: Config) -> ModelConfig:
     return model
 
 
-def _start(stack: LocalProcesses, workers: Sequence[LocalWorker]) -> Gateway:
+def _start(stack: LocalProcesses, workers: Sequence[LocalWorker], router: str | None) -> Gateway:
     """Start the workers, then the gateway with their addresses, and wait until it is ready."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stack.console, transient=True) as progress:
         task = progress.add_task("starting the expert workers", total=len(workers) + 2)
-        groups = _start_workers(stack, workers, progress, task)
+        groups = _start_workers(stack, workers, router, progress, task)
         progress.update(task, description="starting the gateway")
         threads = stack.config.gateway.threads or stack.cores
-        command = gateway_command(stack.config, groups, threads, stack.shared)
+        command = gateway_command(stack.config, groups, threads, stack.shared, router)
         stack.start_gateway(command, threads)
         event = stack.event_at_start()
         while not isinstance(event, Listening):
@@ -132,12 +135,13 @@ def _await_ready(stack: LocalProcesses, gateway: Gateway, progress: Progress, ta
 
 
 def _start_workers(
-    stack: LocalProcesses, workers: Sequence[LocalWorker], progress: Progress, task: TaskID
+    stack: LocalProcesses, workers: Sequence[LocalWorker], router: str | None, progress: Progress, task: TaskID
 ) -> list[tuple[str, str]]:
     """Pairs of a group's name and a worker's address, in the order of ``workers``."""
     metrics = stack.config.worker.metrics_port is not None  # one port cannot be all workers'
     for worker in workers:
-        stack.start_worker(worker.name, worker_command(worker, stack.shared, metrics=metrics), worker.threads)
+        command = worker_command(worker, stack.shared, metrics=metrics, router=router)
+        stack.start_worker(worker.name, command, worker.threads)
     addresses: dict[str, str] = {}
     while len(addresses) < len(workers):
         event = stack.event_at_start()

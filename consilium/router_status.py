@@ -1,0 +1,142 @@
+"""What a router knows, for an operator: as a table that follows it, or once as JSON."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import time
+from typing import Any
+
+import grpc
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from consilium.config import RouterConfig
+from consilium.errors import NotReady
+from consilium.rpc import from_rpc_error, router_channel_options
+from consilium.tokens import read_token, token_metadata
+from protos.router.v1 import router_pb2, router_pb2_grpc
+
+REFRESH_SECONDS = 1.0
+RPC_SECONDS = 5.0
+HOTTEST = 8
+
+
+def show(config: RouterConfig, *, as_json: bool, once: bool) -> None:
+    """Print or follow the status of the router at ``config.endpoint``. Raises ConfigError, NotReady."""
+    console, endpoint = Console(), config.endpoint or ""
+    with grpc.insecure_channel(endpoint.removeprefix("grpc://"), options=router_channel_options()) as channel:
+        ask = _asker(channel, config)
+        if as_json:
+            print(json.dumps(summary(ask()), indent=2))
+        elif once or not console.is_terminal:
+            console.print(render(summary(ask())))
+        else:
+            _follow(console, ask)
+
+
+def summary(found: router_pb2.GetPlacementResponse) -> dict[str, Any]:
+    """What an operator wants to know of it."""
+    copies: dict[tuple[int, int], int] = {}
+    for worker in found.placement.workers:
+        for each in worker.experts:
+            for expert in each.experts:
+                copies[each.layer, expert] = copies.get((each.layer, expert), 0) + 1
+    loads = [(rows, each.layer, expert) for each in found.loads for expert, rows in enumerate(each.rows) if rows > 0]
+    counts = sorted(copies.values())
+    return {
+        "epoch": found.placement.epoch,
+        "leader": found.leader,
+        "missing_experts": found.missing,
+        "experts": len(copies),
+        "copies": sum(counts),
+        "fewest_copies": counts[0] if counts else 0,
+        "most_copies": counts[-1] if counts else 0,
+        "balance": round(found.balance, 3) if found.balance else None,
+        "workers": [_worker(each) for each in found.workers],
+        "hottest": [
+            {
+                "layer": layer,
+                "expert": expert,
+                "rows_per_second": round(rows, 2),
+                "copies": copies.get((layer, expert), 0),
+            }
+            for rows, layer, expert in heapq.nlargest(HOTTEST, loads)
+        ],
+    }
+
+
+def render(status: dict[str, Any]) -> Group:
+    """The same for a terminal."""
+    balance = "no load yet" if status["balance"] is None else f"busiest/mean {status['balance']:.2f}"
+    head = Text(
+        f"epoch {status['epoch']} · {len(status['workers'])} workers · {status['copies']} copies of "
+        f"{status['experts']} experts ({status['fewest_copies']} to {status['most_copies']} each) · {balance}"
+    )
+    if status["missing_experts"]:
+        head.append(f" · {status['missing_experts']} experts have no holder", style="bold red")
+    workers = Table(box=box.SIMPLE_HEAD)
+    for heading in ("worker", "address", "group", "device", "host", "state", "holds", "shall hold", "room", "lease"):
+        workers.add_column(heading, justify="right" if heading in ("holds", "shall hold", "room", "lease") else "left")
+    for each in status["workers"]:
+        state = "leaving" if each["draining"] else "ready" if each["held"] == each["wanted"] else "loading"
+        names = (each["id"][:8], each["address"], each["group"], each["device"], each["host"] or "-", state)
+        workers.add_row(
+            *names, *(str(each[key]) for key in ("held", "wanted", "capacity")), f"{each['lease_seconds']:.1f} s"
+        )
+    hottest = Table(box=box.SIMPLE_HEAD, title="hottest experts", title_justify="left")
+    for heading in ("layer", "expert", "rows/s", "copies"):
+        hottest.add_column(heading, justify="right")
+    for each in status["hottest"]:
+        hottest.add_row(str(each["layer"]), str(each["expert"]), f"{each['rows_per_second']:.1f}", str(each["copies"]))
+    return Group(head, workers, *([hottest] if status["hottest"] else []))
+
+
+def _worker(each: router_pb2.WorkerState) -> dict[str, Any]:
+    said = each.worker.description
+    return {
+        "id": said.worker_id,
+        "address": each.worker.address,
+        "group": said.group,
+        "device": said.device,
+        "host": each.worker.host,
+        "held": each.held,
+        "wanted": each.wanted,
+        "capacity": each.worker.capacity,
+        "draining": each.draining,
+        "lease_seconds": each.lease_left_ms / 1e3,
+        "row_us": each.worker.row_ns / 1e3,
+        "read_us": each.worker.read_ns / 1e3,
+    }
+
+
+class _Asker:
+    def __init__(self, channel: grpc.Channel, token: str | None) -> None:
+        self._stub, self._metadata = router_pb2_grpc.RouterServiceStub(channel), token_metadata(token)
+
+    def __call__(self) -> router_pb2.GetPlacementResponse:
+        try:
+            request = router_pb2.GetPlacementRequest()
+            return self._stub.GetPlacement(request, timeout=RPC_SECONDS, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise NotReady(f"the router cannot be asked: {from_rpc_error(error).message}") from None
+
+
+def _asker(channel: grpc.Channel, config: RouterConfig) -> _Asker:
+    file = config.gateway_token_file
+    return _Asker(channel, None if file is None else read_token(file, "router.gateway_token_file"))
+
+
+def _follow(console: Console, ask: _Asker) -> None:
+    """Until Ctrl-C; a router that is away for a while is said to be, and asked again."""
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            try:
+                shown: Group | Text = render(summary(ask()))
+            except NotReady as error:
+                shown = Text(error.message, style="bold red")
+            live.update(shown, refresh=True)
+            time.sleep(REFRESH_SECONDS)

@@ -1,0 +1,63 @@
+"""What `consilium status` makes of a router's answer."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from consilium.router_status import render, summary
+from protos.router.v1 import router_pb2
+from router_service.holdings import expert_sets
+from tests.router_workers import EVERYTHING, LEFT, worker
+
+
+def answer() -> router_pb2.GetPlacementResponse:
+    return router_pb2.GetPlacementResponse(
+        placement=router_pb2.Placement(
+            epoch=7,
+            workers=[
+                router_pb2.PlacedWorker(worker_id="a", address="a:1", experts=expert_sets(EVERYTHING[:-1])),
+                router_pb2.PlacedWorker(worker_id="b", address="b:1", experts=expert_sets(LEFT)),
+            ],
+        ),
+        workers=[
+            router_pb2.WorkerState(worker=worker("a"), held=7, wanted=7, lease_left_ms=9500),
+            router_pb2.WorkerState(worker=worker("b", host="h"), held=3, wanted=4, draining=True),
+        ],
+        loads=[router_pb2.LayerLoad(layer=1, rows=[1, 0, 30, 2], reads=[1, 0, 1, 1])],
+        leader=True,
+        missing=1,
+        balance=1.25,
+    )
+
+
+def test_the_summary() -> None:
+    status = summary(answer())
+    assert (status["epoch"], status["missing_experts"], status["balance"]) == (7, 1, 1.25)
+    assert (status["experts"], status["copies"], status["fewest_copies"], status["most_copies"]) == (7, 11, 1, 2)
+    hottest = [(each["layer"], each["expert"], each["rows_per_second"], each["copies"]) for each in status["hottest"]]
+    assert hottest == [(1, 2, 30.0, 1), (1, 3, 2.0, 0), (1, 0, 1.0, 2)]
+    assert [each["lease_seconds"] for each in status["workers"]] == [9.5, 0.0]
+
+
+def test_the_table() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(render(summary(answer())))
+    text = console.export_text()
+    assert (
+        "epoch 7 · 2 workers · 11 copies of 7 experts (1 to 2 each) · busiest/mean 1.25 · 1 experts have no holder"
+        in text
+    )
+    rows = [line.split() for line in text.splitlines()]
+    assert ["a", "a:1", "experts", "-", "ready", "7", "7", "8", "9.5", "s"] in rows
+    assert ["b", "b:1", "experts", "h", "leaving", "3", "4", "8", "0.0", "s"] in rows
+
+
+def test_before_anything_is_known() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(render(summary(router_pb2.GetPlacementResponse(missing=8))))
+    assert (
+        "0 workers · 0 copies of 0 experts (0 to 0 each) · no load yet · 8 experts have no holder"
+        in console.export_text()
+    )
