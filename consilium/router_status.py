@@ -79,14 +79,16 @@ def render(status: dict[str, Any]) -> Group:
     if status["missing_experts"]:
         head.append(f" · {status['missing_experts']} experts have no holder", style="bold red")
     workers = Table(box=box.SIMPLE_HEAD)
-    for heading in ("worker", "address", "group", "device", "host", "state", "holds", "shall hold", "room", "lease"):
-        workers.add_column(heading, justify="right" if heading in ("holds", "shall hold", "room", "lease") else "left")
+    for heading in ("worker", "address", "runs on", "state"):
+        workers.add_column(heading)
+    for heading in ("holds", "room for", "lease"):
+        workers.add_column(heading, justify="right")
     for each in status["workers"]:
         state = "leaving" if each["draining"] else "ready" if each["held"] == each["wanted"] else "loading"
-        names = (each["id"][:8], each["address"], each["group"], each["device"], each["host"] or "-", state)
-        workers.add_row(
-            *names, *(str(each[key]) for key in ("held", "wanted", "capacity")), f"{each['lease_seconds']:.1f} s"
-        )
+        held = f"{each['held']} of {each['wanted']}"
+        where = f"{each['device']} {each['host']}".strip()
+        row = (each["id"][:8], each["address"], where, state, held, str(each["capacity"]))
+        workers.add_row(*row, f"{each['lease_seconds']:.1f} s")
     hottest = Table(box=box.SIMPLE_HEAD, title="hottest experts", title_justify="left")
     for heading in ("layer", "expert", "rows/s", "copies"):
         hottest.add_column(heading, justify="right")

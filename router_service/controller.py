@@ -180,7 +180,8 @@ class Controller:
             expert: (*before.get(expert, ()), *brought.get(expert, ())) for expert in before.keys() | brought.keys()
         }
         plan = place(specs, held, demand, self._policy)
-        logger.info(
+        logger.log(
+            logging.INFO if plan.loads or plan.drops or plan.missing else logging.DEBUG,
             "placement of %d workers: %d copies to load, %d to drop, %d experts without room",
             *(len(specs), len(plan.loads), len(plan.drops), len(plan.missing)),
         )

@@ -22,8 +22,8 @@ def answer() -> router_pb2.GetPlacementResponse:
             ],
         ),
         workers=[
-            router_pb2.WorkerState(worker=worker("a"), held=7, wanted=7, lease_left_ms=9500),
-            router_pb2.WorkerState(worker=worker("b", host="h"), held=3, wanted=4, draining=True),
+            router_pb2.WorkerState(worker=worker("a", device="cpu"), held=7, wanted=7, lease_left_ms=9500),
+            router_pb2.WorkerState(worker=worker("b", host="h", device="cpu"), held=3, wanted=4, draining=True),
         ],
         loads=[router_pb2.LayerLoad(layer=1, rows=[1, 0, 30, 2], reads=[1, 0, 1, 1])],
         leader=True,
@@ -50,8 +50,8 @@ def test_the_table() -> None:
         in text
     )
     rows = [line.split() for line in text.splitlines()]
-    assert ["a", "a:1", "experts", "-", "ready", "7", "7", "8", "9.5", "s"] in rows
-    assert ["b", "b:1", "experts", "h", "leaving", "3", "4", "8", "0.0", "s"] in rows
+    assert ["a", "a:1", "cpu", "ready", "7", "of", "7", "8", "9.5", "s"] in rows
+    assert ["b", "b:1", "cpu", "h", "leaving", "3", "of", "4", "8", "0.0", "s"] in rows
 
 
 def test_before_anything_is_known() -> None:
