@@ -3,12 +3,13 @@
 #   make setup TORCH=...       another torch, for example TORCH="torch==2.11.0"
 #   make test PYTEST="-k name" some of the tests
 #   make exact                the promise of the same bits in 10,000 random cases; CASES=100 for fewer (make test: 40)
+#   make chaos                 workers killed under load again and again; KILLS=100 is how often
 #   make test-system           with real parts (Prometheus, Docker, …); as root, says what it installs
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := up
-.PHONY: setup up test exact test-system lint protos bench clean
+.PHONY: setup up test exact chaos test-system lint protos bench clean
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -31,6 +32,9 @@ test: $(READY)
 
 exact: $(READY)
 	@EXACT_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest tests/unit/test_exactness.py --hypothesis-show-statistics $(PYTEST)
+
+chaos: $(READY)
+	@ROUTER_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -s tests/chaos/test_router_faults.py $(PYTEST)
 
 test-system: $(READY)
 	@scripts/system-setup.sh

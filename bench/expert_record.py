@@ -10,14 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic as find_expert_arithmetic
 from consilium.checkpoint import Checkpoint
 from consilium.config import Config
 from gateway.arithmetic import find_arithmetic
 from gateway.attention import Segment
-from gateway.batches import ExpertBatches, experts_of_tokens
+from gateway.batches import ExpertBatches, ExpertOutputs, experts_of_tokens
 from gateway.kv_cache import BLOCK, KVPool, blocks_for
 from gateway.local_experts import LocalExperts, run_now
 from gateway.model import Model
@@ -30,7 +29,7 @@ class _Recorder:
         self._experts = experts
         self.chosen: dict[int, NDArray[np.int64]] = {}  # [T, K] by layer
 
-    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[Tensor, dict[int, Exception]]:
+    async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
         self.chosen[layer] = experts_of_tokens(batches)
         return await self._experts.dispatch(layer, batches)
 
@@ -38,7 +37,7 @@ class _Recorder:
 def record(checkpoint: Checkpoint, tokens: list[int]) -> NDArray[np.int64]:
     """The experts [L, T, K] that each of ``tokens``, seen as one prompt, is sent to in int8."""
     config, settings = checkpoint.config, Config()
-    of_experts = find_expert_arithmetic("int8", "float32", config.hidden_size, config.expert_size)
+    of_experts = find_expert_arithmetic("int8", settings.reply_dtype, config.hidden_size, config.expert_size)
     recorder = _Recorder(LocalExperts(checkpoint, of_experts))
     with torch.inference_mode():
         model = Model(checkpoint, find_arithmetic(settings, config), recorder)

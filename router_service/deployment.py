@@ -82,7 +82,7 @@ def deployment_of(config: Config, folder: ModelFolder) -> Deployment:
     model = folder.config
     if not model.expert_layers():
         raise ConfigError(f"{config.model} has no layer with experts; there is nothing to place")
-    dtype = tensor_pb2.DTYPE_BFLOAT16 if config.dtype == "bfloat16" else tensor_pb2.DTYPE_FLOAT32
+    dtype = tensor_pb2.DTYPE_BFLOAT16 if config.reply_dtype == "bfloat16" else tensor_pb2.DTYPE_FLOAT32
     return Deployment(
         folder.fingerprint,
         config.quantization,

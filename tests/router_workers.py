@@ -12,7 +12,7 @@ from protos.tensor.v1 import tensor_pb2
 from router_service.deployment import Deployment
 
 LAYERS, EXPERTS = (0, 1), 4
-DEPLOYMENT = Deployment("f" * 64, "int8", tensor_pb2.DTYPE_FLOAT32, 64, LAYERS, EXPERTS)
+DEPLOYMENT = Deployment("f" * 64, "int8", tensor_pb2.DTYPE_BFLOAT16, 64, LAYERS, EXPERTS)
 EVERYTHING = [(layer, expert) for layer in LAYERS for expert in range(EXPERTS)]
 LEFT, RIGHT = [each for each in EVERYTHING if each[1] < 2], [each for each in EVERYTHING if each[1] >= 2]
 
@@ -40,7 +40,7 @@ def worker(name: str, capacity: int = 8, host: str = "", **said: Any) -> router_
         "group": "experts",
         "model_fingerprint": DEPLOYMENT.model_fingerprint,
         "quantization": "int8",
-        "row_dtype": tensor_pb2.DTYPE_FLOAT32,
+        "row_dtype": tensor_pb2.DTYPE_BFLOAT16,
         "numerics_class": "int8-v1",
         "hidden_size": 64,
         **said,

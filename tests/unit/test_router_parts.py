@@ -12,6 +12,7 @@ from consilium.config import Config, RouterConfig, load_config
 from consilium.errors import ConfigError, InvalidRequest
 from consilium.tokens import is_loopback, read_token
 from protos.router.v1 import router_pb2
+from protos.tensor.v1 import tensor_pb2
 from router_service.load import DecayedLoad, enough, pack, total
 from router_service.server import read_tokens
 from tests.router_workers import DEPLOYMENT, layer_experts, record, worker
@@ -29,7 +30,7 @@ def test_a_worker_that_fits_is_taken() -> None:
         ({"protocol_version": 99}, "protocol version is 99"),
         ({"model_fingerprint": "e" * 64}, "model fingerprint is eeee"),
         ({"quantization": "none"}, "quantization is none, this deployment's is int8"),
-        ({"row_dtype": 2}, "dtype is"),
+        ({"row_dtype": tensor_pb2.DTYPE_FLOAT32}, "dtype is DTYPE_FLOAT32, this deployment's is DTYPE_BFLOAT16"),
         ({"hidden_size": 32}, "hidden size is 32"),
         ({"numerics_class": "float-avx2"}, "numerics class is float-avx2, the others' is int8-v1"),
     ],
