@@ -53,12 +53,17 @@ class Registration:
         self._news, self._orders = asyncio.Event(), asyncio.Event()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Register, then live as the router says. Raises ConfigError when it refuses this worker."""
+    async def running(self, stopping: asyncio.Event) -> AsyncIterator[None]:
+        """Register, then live as the router says; without, where ``stopping`` is set before there is one.
+
+        Raises ConfigError when the router refuses this worker.
+        """
         async with grpc.aio.insecure_channel(self._target, options=router_channel_options()) as channel:
             self._stub = router_pb2_grpc.RouterServiceStub(channel)
-            await self._enter()
-            tasks = [asyncio.ensure_future(self._beat()), asyncio.ensure_future(self._obey())]
+            await self._enter(stopping)
+            tasks = (
+                [asyncio.ensure_future(self._beat()), asyncio.ensure_future(self._obey())] if self._registered else []
+            )
             try:
                 yield
             finally:
@@ -68,6 +73,8 @@ class Registration:
 
     async def drain(self, seconds: float) -> None:
         """Return when nobody needs this worker any more, or after ``seconds``, or where there is no router to ask."""
+        if not self._registered:
+            return
         request = router_pb2.DrainRequest(worker_id=self._worker.description.worker_id)
         last_copies = 0
         with contextlib.suppress(TimeoutError):
@@ -84,10 +91,14 @@ class Registration:
                     await asyncio.sleep(DRAIN_POLL_SECONDS)
         logger.warning("leaving with %d experts that nobody else holds: there was no room, or no time", last_copies)
 
-    async def _enter(self) -> None:
+    @property
+    def _registered(self) -> bool:
+        return self._wanted is not None
+
+    async def _enter(self, stopping: asyncio.Event) -> None:
         """Register; again and again while there is no router."""
         reported = ""
-        while True:
+        while not (self._registered or stopping.is_set()):
             try:
                 await self._register()
                 return
@@ -98,7 +109,8 @@ class Registration:
                 if message != reported:
                     logger.warning("the router at %s cannot be reached: %s", self._target, message)
                 reported = message
-            await asyncio.sleep(RETRY_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), RETRY_SECONDS)
 
     async def _register(self) -> None:
         version, held = self._holdings.version, self._holdings.describe()

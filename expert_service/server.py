@@ -113,7 +113,7 @@ class Worker:
             description.local_sockets.extend(listener.names)
         stopping = catch_signals()
         await server.start()
-        async with self._registered(description, address) as registration:
+        async with self._registered(description, address, stopping) as registration:
             await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
             announce(address, scraped)
             await stopping.wait()
@@ -132,7 +132,7 @@ class Worker:
 
     @asynccontextmanager
     async def _registered(
-        self, description: expert_pb2.DescribeResponse, address: str
+        self, description: expert_pb2.DescribeResponse, address: str, stopping: asyncio.Event
     ) -> AsyncIterator[Registration | None]:
         """With the router, where there is one."""
         if self.router is None:
@@ -153,7 +153,7 @@ class Worker:
         del worker.description.layers[:]
         holdings = Holdings(self.checkpoint, self.arithmetic, self.store, description)
         registration = Registration(self.router, worker, holdings)
-        async with registration.running():
+        async with registration.running(stopping):
             yield registration
 
 

@@ -87,6 +87,14 @@ def test_workers_join_with_nothing_leave_without_loss_and_outlive_their_router(t
             assert states(caller, settled(1)).placement.epoch
 
 
+def test_a_worker_that_finds_no_router_can_be_stopped(tiny_mixtral: Path) -> None:
+    worker = launch(joining(tiny_mixtral, "grpc://127.0.0.1:1"))
+    while "cannot be reached" not in worker.log():
+        assert worker.popen.poll() is None, worker.log()
+        time.sleep(0.02)
+    assert worker.stop() == 0
+
+
 def test_workers_that_do_not_fit_are_refused_and_those_without_room_get_nothing(
     tiny_mixtral: Path, tmp_path: Path
 ) -> None:
