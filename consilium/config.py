@@ -127,6 +127,9 @@ class WorkerConfig(Section):
     memory: Size | None = Field(
         None, ge=1, description="for experts that a router gives it; as much as the model's take by default"
     )
+    speed: float | None = Field(
+        None, gt=0, description="for a router, against that of other workers: say it of all; measured by default"
+    )
     node: str = Field("", description="the host it runs on: a router puts no two copies of an expert on one")
     advertise: str | None = Field(None, description="HOST:PORT where gateways reach it; where it listens by default")
     socket_folder: Path | None = Field(

@@ -80,7 +80,7 @@ def worker_command(
     held = ",".join(map(str, worker.experts))
     place = ["--host", "127.0.0.1", "--port", "0", "--group", worker.group, "--layers", "all", "--experts", held]
     ports = ["--metrics-port", "0"] if metrics else []
-    ports += [] if router is None else ["--join", router]
+    ports += [] if router is None else ["--join", router, "--speed", "1"]  # they have the same cores and threads
     return [sys.executable, "-m", "expert_service", *shared, *place, *ports, "--threads", str(worker.threads)]
 
 

@@ -24,6 +24,7 @@ FLAGS = {
     "join": ("router.endpoint", "grpc://HOST:PORT of a router, which says what to hold"),
     "token-file": ("router.worker_token_file", "the secret that workers show the router"),
     "memory": ("worker.memory", "for experts that the router gives it, for example 8GiB"),
+    "speed": ("worker.speed", "against that of other workers, for the router; measured by default"),
     "node": ("worker.node", "name of this host: the router puts no two copies of an expert on one"),
     "advertise": ("worker.advertise", "HOST:PORT where gateways reach this worker; where it listens by default"),
     "host": ("worker.host", "address to listen on"),

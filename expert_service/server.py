@@ -139,7 +139,7 @@ class Worker:
             yield None
             return
         weights = self.arithmetic.prepare(self.checkpoint.expert(self.model.expert_layers()[0], 0))
-        row_ns, read_ns = measure(self.arithmetic, weights, self.model.hidden_size)
+        row_ns, read_ns = measure(self.arithmetic, weights, self.model.hidden_size, self.config.worker.speed)
         held = [expert for hashes in self.store.hashes.values() for expert in hashes]
         config, whole = self.config.worker, len(self.model.expert_layers()) * self.model.num_experts
         worker = router_pb2.Worker(

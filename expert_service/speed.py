@@ -11,13 +11,18 @@ from consilium.experts import Arithmetic, ExpertWeights, compute_expert
 from consilium.quantization import quantize_rows
 
 ROWS, REPEATS = 33, 5
+UNIT_ROW_NS, UNIT_READ_NS = 10_000, 80_000  # of a worker of speed 1; only their ratio means anything
 
 
-def measure(arithmetic: Arithmetic, weights: ExpertWeights, hidden_size: int) -> tuple[int, int]:
-    """Nanoseconds for one more row of an expert, and for reading its weights.
+def measure(
+    arithmetic: Arithmetic, weights: ExpertWeights, hidden_size: int, speed: float | None = None
+) -> tuple[int, int]:
+    """Nanoseconds for one more row of an expert, and for reading its weights; from ``speed`` where it is stated.
 
     Rounded to powers of the square root of two: machines that are alike shall look alike.
     """
+    if speed is not None:
+        return max(1, round(UNIT_ROW_NS / speed)), max(1, round(UNIT_READ_NS / speed))
     one, many = (_seconds(arithmetic, weights, hidden_size, rows) for rows in (1, ROWS))
     row = max((many - one) / (ROWS - 1), one / 100)
     return _rounded(row), _rounded(max(one - row, one / 10))

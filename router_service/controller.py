@@ -93,7 +93,8 @@ class Controller:
         if leads != self.leads:
             logger.info("this router leads" if leads else "another router leads")
             self.leads, self._target = leads, None
-        if not leads or not self._may_place(records):
+        # Where nobody is heard of, it is more likely the router that is cut off: gateways keep what they have.
+        if not leads or not records or not self._may_place(records):
             return
         await self._aim(records)
         assert self._target is not None

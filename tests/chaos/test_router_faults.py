@@ -104,7 +104,7 @@ class Deployment:
 
     def add_workers(self, count: int) -> list[Process]:
         """Workers that start side by side, from when they listen."""
-        arguments = ("--model", str(self._model), "--join", self.router.address)
+        arguments = ("--model", str(self._model), "--join", self.router.address, "--speed", "1")
         started = [launch(worker_argv("all", *arguments)) for _ in range(count)]
         for worker in started:
             self._cleanup.callback(worker.stop, signal.SIGKILL)

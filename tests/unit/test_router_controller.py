@@ -163,6 +163,19 @@ def test_a_worker_whose_lease_ends_is_replaced() -> None:
     run(body)
 
 
+def test_when_nobody_is_heard_of_any_more_the_placement_stays() -> None:
+    async def body(world: World) -> None:
+        await world.pass_time(2 * LEASE)
+        assert not world.controller.state.placement.epoch  # none without any worker
+        await world.join("a", EVERYTHING)
+        await world.controller.tick()
+        holders = world.holders
+        await world.pass_time(3 * LEASE, dead=["a"])
+        assert world.holders == holders == {expert: {"a"} for expert in EVERYTHING}
+
+    run(body)
+
+
 def test_a_worker_that_leaves_is_needed_until_others_hold_what_it_holds() -> None:
     async def body(world: World) -> None:
         await world.join("a", EVERYTHING)
