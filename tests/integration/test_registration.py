@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -9,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 
+from consilium.frames import encode_call
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.router.v1 import router_pb2
 from router_service.holdings import pairs_of
-from tests.integration.grpc_client import SECONDS, connected
+from tests.integration.grpc_client import SECONDS, Conversation, connected, make_frame
 from tests.integration.test_router_service import EVERYTHING, Caller, argv, calling
 from tests.stack import Process, launch, running, worker_argv
 
@@ -108,3 +111,35 @@ def test_workers_that_do_not_fit_are_refused_and_those_without_room_get_nothing(
             found = states(caller, lambda each: len(each.workers) == 2)
             assert sorted(each.worker.capacity for each in found.workers) == [0, len(EVERYTHING)]
             assert not held_by(small)
+
+
+def test_a_hot_expert_gains_a_copy_while_calls_are_answered(
+    tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "CONSILIUM_ROUTER__REBALANCE": "300ms",
+        "CONSILIUM_ROUTER__LOAD_HALF_LIFE": "1s",
+    }
+    monkeypatch.setattr("tests.stack._environment", lambda: {**os.environ, **settings})
+    with (
+        router(tiny_mixtral) as (process, caller),
+        running(joining(tiny_mixtral, process.address, "--experts", "0-1", *room(9))) as first,
+        running(joining(tiny_mixtral, process.address, "--experts", "2-3", *room(9))) as second,
+        connected(first.address) as channel,
+    ):
+        states(caller, settled(2))
+        stream, number = Conversation(channel), 0
+        for hot in (0, 3, 1):
+            while True:
+                number += 1
+                caller.report([1000 if expert == hot else 10 for expert in range(4)])
+                answer = stream.ask(encode_call(make_frame(HIDDEN, 0, [hot], 3), number, 0))
+                assert answer.HasField("result") or answer.error.code == "FAILED_PRECONDITION", answer.error.message
+                if (0, hot) in held_by(first) & held_by(second):
+                    break
+        stream.finish()
+
+
+def room(experts: int) -> list[str]:
+    """For so many experts: 3 matrices of 64 × 48 in float32 each."""
+    return ["--memory", str(experts * 3 * HIDDEN * 48 * 4)]
