@@ -1,4 +1,4 @@
-"""`consilium gateway`, `expert`, `router`, `eval`, `doctor` and `bench`: the services' own programs, found by name.
+"""`consilium gateway`, `expert`, `router`, `eval`, `doctor`, `bench` and `train`: the services' own programs, by name.
 
 The shared kernel imports no service, so they are run as `python -m` would run them.
 """
@@ -22,6 +22,7 @@ SERVICES = {
     "eval": "say what each quantization costs in accuracy, on a text",
     "doctor": "measure the way to every worker and its experts, and say whether splitting pays",
     "bench": "measure this machine: layer, rpc, serve, peers, … (in a checkout of the source)",
+    "train": "turn a dense model into a trained Mixture of Experts",
 }
 # The program of each service; `consilium up` starts the same ones.
 MODULES = {
@@ -30,6 +31,7 @@ MODULES = {
     "router": "router_service",
     "eval": "gateway.evaluate",
     "doctor": "gateway.doctor",
+    "train": "training",
 }
 
 
