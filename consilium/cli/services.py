@@ -1,4 +1,4 @@
-"""`consilium gateway`, `expert`, `router`, `eval`, `doctor`, `bench` and `train`: the services' own programs, by name.
+"""`consilium gateway`, `expert`, `router`, `eval`, `doctor` and their like: programs of their own, found by name.
 
 The shared kernel imports no service, so they are run as `python -m` would run them.
 """
@@ -22,6 +22,7 @@ SERVICES = {
     "eval": "say what each quantization costs in accuracy, on a text",
     "doctor": "measure the way to every worker and its experts, and say whether splitting pays",
     "bench": "measure this machine: layer, rpc, serve, peers, … (in a checkout of the source)",
+    "prune": "write a copy of a model without its least used experts",
     "train": "turn a dense model into a trained Mixture of Experts",
 }
 # The program of each service; `consilium up` starts the same ones.
@@ -31,6 +32,7 @@ MODULES = {
     "router": "router_service",
     "eval": "gateway.evaluate",
     "doctor": "gateway.doctor",
+    "prune": "gateway.prune",
     "train": "training",
 }
 
