@@ -18,7 +18,7 @@ from gateway.mailbox import Mailbox
 from gateway.messages import EngineStats, Generate, Output, Step, TokenLogprobs
 from gateway.micro_batches import MicroBatches, share_out
 from gateway.model import Model
-from gateway.sampler import sample, token_logprobs
+from gateway.sampler import choose, token_logprobs
 from gateway.scheduler import Scheduler, Work
 from gateway.sequence import Sequence
 
@@ -162,16 +162,15 @@ class Engine:
             return {}
         logits = self.model.logits(hidden[[row for _, row in due]])  # [S, V]
         chosen: dict[int, Output] = {}
-        for (sequence, _), row in zip(due, logits, strict=True):
-            if not bool(torch.isfinite(row).all()):
+        tokens = choose(logits, [sequence for sequence, _ in due], self.eos_token_ids)
+        reports = _logprobs(logits, tokens, [sequence for sequence, _ in due])
+        for row, ((sequence, _), token) in enumerate(zip(due, tokens, strict=True)):
+            if token < 0:
                 sequence.fail(ConsiliumError("the model gave numbers that are not finite; its weights may be damaged"))
                 continue
-            token = sample(row, sequence, self.eos_token_ids)
             sequence.append(token, self.eos_token_ids)
-            count = sequence.sampling.logprobs
-            logprobs = None if count is None else token_logprobs(torch.log_softmax(row, dim=-1), token, count)
             news = outputs.get(sequence.id) or sequence.news()
-            chosen[sequence.id] = replace(news, token=token, logprobs=logprobs)
+            chosen[sequence.id] = replace(news, token=token, logprobs=reports.get(row))
         return chosen
 
     def _prompt_logprobs(self, sequence: Sequence, hidden: Tensor) -> list[TokenLogprobs] | None:
@@ -186,9 +185,21 @@ class Engine:
             end = min(begin + LOGIT_ROWS, stop)
             rows = torch.log_softmax(self.model.logits(hidden[begin - start : end - start]), dim=-1)
             targets = sequence.tokens[begin + 1 : end + 1]
-            reports += [token_logprobs(row, token, count) for row, token in zip(rows, targets, strict=True)]
+            reports += token_logprobs(rows, targets, [count] * len(targets))
         sequence.prompt_reported = stop + 1
         return reports
+
+
+def _logprobs(logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> dict[int, TokenLogprobs]:
+    """What to report of each row of [S, V] that has a token and was asked about."""
+    asked = {row: each.sampling.logprobs for row, each in enumerate(sequences) if tokens[row] >= 0}
+    counts = {row: count for row, count in asked.items() if count is not None}
+    if not counts:
+        return {}
+    rows = list(counts)
+    logprobs = torch.log_softmax(logits[rows], dim=-1)
+    found = token_logprobs(logprobs, [tokens[row] for row in rows], list(counts.values()))
+    return dict(zip(rows, found, strict=True))
 
 
 def _prefill_only(sequence: Sequence) -> bool:

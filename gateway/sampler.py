@@ -1,6 +1,6 @@
-"""From logits to the next token. Each row by itself: what else is in the batch changes nothing.
+"""From logits to the next tokens. Each row by itself: what else is in the batch changes nothing.
 
-Letters: V vocabulary.
+Letters: S rows, one for each sequence, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,20 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gateway.messages import SamplingParams, TokenLogprobs
+from consilium import parallel
+from consilium.kernels import sampling as kernel
+from gateway.messages import TokenLogprobs
 from gateway.sequence import Sequence
 
 
-def sample(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> int:
-    """The next token of ``sequence`` from its logits [V] float32."""
-    sampling = sequence.sampling
-    logits = _adjust(logits, sequence, eos_token_ids)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    logits = _restrict(logits / sampling.temperature, sampling)
-    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(-1)  # [V]
-    threshold = uniform(sampling.seed or 0, sequence.choice, sequence.generated) * cumulative[-1]
-    return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=_last_possible(logits)))
+def choose(logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> list[int]:
+    """The next token of each sequence from its logits [S, V] float32; -1 where they are not finite."""
+    logits = logits.contiguous()
+    tokens = _largest(logits)
+    special = [
+        row
+        for row, sequence in enumerate(sequences)
+        if tokens[row] >= 0 and (sequence.sampling.temperature or _adjusts(sequence))
+    ]
+    if special:
+        chosen = logits[special]  # a copy
+        for row, own in zip(special, chosen, strict=True):
+            if _adjusts(sequences[row]):
+                _adjust(own, sequences[row], eos_token_ids)
+        for row, token in zip(special, _draw(chosen, [sequences[row] for row in special]), strict=True):
+            tokens[row] = token
+    return tokens
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -31,27 +40,60 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return float(generator.random())
 
 
-def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
-    """What to report of one row [V] of log-probabilities: the token's, and the ``count`` likeliest, ties by id."""
-    top_tokens: list[int] = []
-    if count:
-        threshold = logprobs.topk(count).values[-1]
-        candidates = torch.nonzero(logprobs >= threshold).flatten()  # ascending ids
-        order = torch.sort(logprobs[candidates], descending=True, stable=True).indices[:count]
-        top_tokens = candidates[order].tolist()
-    return TokenLogprobs(token, float(logprobs[token]), top_tokens, logprobs[top_tokens].tolist())
+def token_logprobs(logprobs: Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
+    """What to report of rows of log-probabilities [S, V]: the token's, and of the ``count`` likeliest, ties by id."""
+    top = np.zeros((len(tokens), max(counts, default=0)), np.int64)
+    for row, (own, count) in enumerate(zip(logprobs, counts, strict=True)):
+        if count:
+            kernel.likeliest(own.data_ptr(), len(own), count, top[row].ctypes.data)
+    values = logprobs.gather(1, torch.from_numpy(top)).tolist()
+    own_values = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    return [
+        TokenLogprobs(token, value, top[row, :count].tolist(), values[row][:count])
+        for row, (token, value, count) in enumerate(zip(tokens, own_values, counts, strict=True))
+    ]
 
 
-def _adjust(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> Tensor:
-    """Bias and penalties as vLLM defines them, on a copy where anything changes [V]."""
+def _largest(logits: Tensor) -> list[int]:
+    """The lowest id of each row's largest logit; -1 where one is not finite."""
+    rows, size = logits.shape
+    found = torch.empty(rows, dtype=torch.int64)
+
+    def work(sharer: parallel.Sharer) -> None:
+        kernel.largest(logits.data_ptr(), rows, size, found.data_ptr(), sharer)
+
+    parallel.share(work, 1, parallel.count_slices(logits.nbytes))
+    tokens: list[int] = found.tolist()
+    return tokens
+
+
+def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """A token of each row [S, V], as its sequence asks for."""
+    rows, size = logits.shape
+    asked = [sequence.sampling for sequence in sequences]
+    limits = np.array([(each.temperature, each.min_p, each.top_p) for each in asked], np.float32)
+    top_k = np.array([each.top_k if each.top_k > 0 else size for each in asked], np.int64)
+    numbers = np.array([uniform(each.sampling.seed or 0, each.choice, each.generated) for each in sequences])
+    found = torch.empty(rows, dtype=torch.int64)
+
+    def work(sharer: parallel.Sharer) -> None:
+        kernel.draw(logits.data_ptr(), rows, size, limits, top_k, numbers, found.data_ptr(), sharer)
+
+    parallel.share(work, 1, parallel.count_slices(logits.nbytes))
+    tokens: list[int] = found.tolist()
+    return tokens
+
+
+def _adjusts(sequence: Sequence) -> bool:
+    """Whether anything is added to its logits or taken from them."""
     sampling = sequence.sampling
-    forbidden: list[int] = []
-    if sequence.generated < sampling.min_tokens:
-        forbidden = [*eos_token_ids, *sampling.stop_token_ids]
     penalized = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
-    if not (forbidden or sampling.logit_bias or penalized):
-        return logits
-    logits = logits.clone()
+    return bool(penalized or sampling.logit_bias or sequence.generated < sampling.min_tokens)
+
+
+def _adjust(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> None:
+    """Bias and penalties as vLLM defines them, in place [V]."""
+    sampling = sequence.sampling
     if sampling.logit_bias:
         logits[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
     if sampling.repetition_penalty != 1.0:  # of everything seen, the prompt too (Keskar et al. 2019)
@@ -62,28 +104,5 @@ def _adjust(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) 
     if sequence.counts and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = torch.tensor(list(sequence.counts.values()), dtype=torch.float32)
         logits[list(sequence.counts)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-    if forbidden:
-        logits[forbidden] = -torch.inf
-    return logits
-
-
-def _restrict(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Take out what min_p, top_k and top_p leave no chance [V]."""
-    if sampling.min_p > 0:
-        probabilities = torch.softmax(logits, dim=-1)
-        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), -torch.inf)
-    if not (0 < sampling.top_k < logits.numel()) and sampling.top_p >= 1:
-        return logits
-    values, order = torch.sort(logits, descending=True, stable=True)
-    if 0 < sampling.top_k < logits.numel():
-        values[sampling.top_k :] = -torch.inf
-    if sampling.top_p < 1:  # the smallest set of likeliest tokens that holds top_p (Holtzman et al. 2020)
-        before = torch.softmax(values, dim=-1).cumsum(-1).roll(1)
-        before[0] = 0
-        values = values.masked_fill(before >= sampling.top_p, -torch.inf)
-    return torch.empty_like(logits).scatter_(0, order, values)
-
-
-def _last_possible(logits: Tensor) -> int:
-    """The highest id with a chance: where rounding puts the threshold past the end of the sum."""
-    return int(torch.nonzero(logits > -torch.inf)[-1])
+    for token in (*eos_token_ids, *sampling.stop_token_ids) if sequence.generated < sampling.min_tokens else ():
+        logits[token] = -torch.inf

@@ -11,7 +11,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from consilium.kernels import arithmetic, attention, attention_layer, experts, gate, linear, norm, routing
+from consilium.kernels import arithmetic, attention, attention_layer, experts, gate, linear, norm, routing, sampling
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32, LANES
 from consilium.kernels.int8_tile import NAMES, candidates
 from consilium.kernels.sharing import board_bytes
@@ -43,6 +43,10 @@ def compile_all() -> None:
     arithmetic.silu_and_multiply_all(at, at, 1, at)
     norm.rms_norm(at, 1, _SIZE, at, one, at)
     gate.softmax_top_k(at, 1, _SIZE, at, _SIZE, 1, 1, at, at, at)
+    sampling.largest(at, 1, _SIZE, at, alone(1))
+    limits, top_k = np.ones((1, 3), np.float32), np.ones(1, np.int64)
+    sampling.draw(at, 1, _SIZE, limits, top_k, np.zeros(1), at, alone(1))
+    sampling.likeliest(at, _SIZE, 1, at)
     numbers = np.zeros(2, np.int64)
     routing.group(numbers, 1)
     routing.select(numbers, numbers, numbers[:1], 1)
