@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -134,7 +134,10 @@ def kept(logits: Tensor, running: Sequence) -> Tensor:
     if 0 < sampling.top_k < len(p):
         p[order[sampling.top_k :]] = 0
     ranked = p[order] / p.sum()
-    p[order[(ranked.cumsum(-1) - ranked) >= sampling.top_p]] = 0
+    before = ranked.cumsum(-1) - ranked
+    # On the border of top_p rounding decides.
+    assume(sampling.top_p == 1 or float((before - sampling.top_p).abs().min()) > 1e-5)
+    p[order[before >= sampling.top_p]] = 0
     return p / p.sum()
 
 
@@ -147,10 +150,9 @@ def test_a_draw_is_as_defined(asked: dict[str, Any], spread: float, generator_se
     token, p = sample(logits, running), kept(logits, running)
     number = uniform(asked["seed"], 0, 0)
     below, reached = float(p[:token].sum()), float(p[: token + 1].sum())
-    # Sums in float32's exponentials against float64's: near a border the neighbour is as right.
-    assert below - 1e-4 <= number <= reached + 1e-4
-    limited = plain["min_p"] > 0 or plain["top_p"] < 1
-    assert p[token] > 0 or limited  # a token at the border of top_p or min_p may be in or out
+    # Exponentials in float32 against float64: near a border the neighbour is as right.
+    assert p[token] > 0
+    assert below - 1e-5 <= number <= reached + 1e-5
 
 
 @given(st.lists(settings_of_a_row, min_size=1, max_size=6), st.integers(0, 100))
