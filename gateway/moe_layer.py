@@ -5,15 +5,19 @@ Letters: T tokens of the step, D hidden size, E experts, K experts per token.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
+from consilium import parallel
 from consilium.checkpoint import Checkpoint
 from consilium.gate import Routing
 from consilium.kernels import gate as kernel
 from consilium.kernels.float_tile import LANES
 from gateway.arithmetic import Arithmetic
-from gateway.attention import Batch
+from gateway.attention import PRODUCTS_PER_BYTE, Batch
 from gateway.batches import combine, group_by_expert, keep_tokens
 from gateway.dispatcher import ExpertSource
 from gateway.stage_clock import StageClock
@@ -57,6 +61,13 @@ class MoELayer:
         logits = torch.empty(rows, self._gate.shape[1])  # [T, E], filled up
         ids, weights = torch.empty(rows, self._top_k, dtype=torch.int64), torch.empty(rows, self._top_k)
         sizes = self._num_experts, self._top_k, int(self._normalize)
-        addresses = logits.data_ptr(), ids.data_ptr(), weights.data_ptr()
-        kernel.softmax_top_k(x.data_ptr(), rows, hidden_size, self._gate.data_ptr(), *sizes, *addresses)
+
+        def route(first: int, last: int) -> None:
+            addresses = (each[first:].data_ptr() for each in (logits, ids, weights))
+            gate = hidden_size, self._gate.data_ptr(), *sizes
+            kernel.softmax_top_k(x[first:].data_ptr(), last - first, *gate, *addresses)
+
+        parts = max(1, min(rows, parallel.count_slices(rows * self._gate.numel() // PRODUCTS_PER_BYTE)))
+        bounds = [rows * part // parts for part in range(parts + 1)]
+        parallel.run([partial(route, first, last) for first, last in pairwise(bounds)])
         return Routing(ids, weights)
