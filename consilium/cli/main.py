@@ -106,7 +106,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     up.add_argument("--metrics", action="store_true", help="workers' metrics on ports of their own, shown in the log")
     up.add_argument(
-        "--no-router", dest="router", action="store_false", help="workers keep what they start with; nobody may join"
+        "--router", action="store_true", help="run a router, too: other workers may join, and hot experts get copies"
     )
     up.add_argument("--no-demo", dest="demo", action="store_false", help="send no first request")
     up.set_defaults(command=up_command.up)

@@ -197,7 +197,7 @@ def test_nothing_is_left_of_a_killed_gateway(worker: Process, tiny_mixtral: Path
         gateway.stop(signal.SIGKILL)
         assert gateway.popen.stdout is not None
         gateway.popen.stdout.close()
-    await_true(lambda: mappings(worker) == before[0], "the worker still maps the memory of a dead gateway")
+    await_true(lambda: mappings(worker) <= before[0], "the worker still maps the memory of a dead gateway")
     await_true(lambda: descriptors(worker) <= before[1], "the worker still has descriptors of a dead gateway")
     assert sorted(folder.iterdir()) == files
     assert describe(worker).hidden_size == HIDDEN
@@ -411,7 +411,8 @@ def test_links_that_end_in_the_middle(worker: Process) -> None:
         with linked(worker) as (link, memory):
             link.send(place(make_frame(HIDDEN, 1, [0, 3], 900), FORM, memory).pack())
     assert_serves(worker)
-    await_true(lambda: mappings(worker) == before, "the memory of links that ended is still mapped")
+    # Fewer where the last test's link was still to be closed.
+    await_true(lambda: mappings(worker) <= before, "the memory of links that ended is still mapped")
 
 
 def test_an_offset_has_no_place_in_a_grpc_call_without_an_attachment(worker: Process) -> None:
