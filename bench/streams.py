@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,11 +64,16 @@ class Recorder(asyncio.Protocol):
 async def record(url: str, bodies: Sequence[dict[str, Any]]) -> list[list[tuple[float, bytes]]]:
     """What came for each body, each on a connection of its own, all sent at once. Raises OSError."""
     loop, parts = asyncio.get_running_loop(), urlsplit(url)
+    place = parts.hostname or "127.0.0.1", parts.port or 80
     recorders = [Recorder(_post(parts.netloc, body), loop.create_future()) for body in bodies]
     for each in recorders:
-        await loop.create_connection(lambda each=each: each, parts.hostname, parts.port)  # type: ignore[misc]
+        await loop.create_connection(partial(_same, each), *place)
     await asyncio.gather(*(each.over for each in recorders))
     return [each.reads for each in recorders]
+
+
+def _same(recorder: Recorder) -> Recorder:
+    return recorder
 
 
 def _post(host: str, body: dict[str, Any]) -> bytes:
