@@ -14,6 +14,8 @@ from consilium.kernels import sampling as kernel
 from gateway.messages import TokenLogprobs
 from gateway.sequence import Sequence
 
+WORTH_OF_A_DRAW = 32  # bytes of weights, for parallel, that are read in the time a draw spends on one logit
+
 
 def choose(logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> list[int]:
     """The next token of each sequence from its logits [S, V] float32; -1 where they are not finite."""
@@ -25,11 +27,8 @@ def choose(logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, 
         if tokens[row] >= 0 and (sequence.sampling.temperature or _adjusts(sequence))
     ]
     if special:
-        chosen = logits[special]  # a copy
-        for row, own in zip(special, chosen, strict=True):
-            if _adjusts(sequences[row]):
-                _adjust(own, sequences[row], eos_token_ids)
-        for row, token in zip(special, _draw(chosen, [sequences[row] for row in special]), strict=True):
+        rows = [_adjusted(logits[row], sequences[row], eos_token_ids) for row in special]
+        for row, token in zip(special, _draw(rows, [sequences[row] for row in special]), strict=True):
             tokens[row] = token
     return tokens
 
@@ -62,24 +61,25 @@ def _largest(logits: Tensor) -> list[int]:
     def work(sharer: parallel.Sharer) -> None:
         kernel.largest(logits.data_ptr(), rows, size, found.data_ptr(), sharer)
 
-    parallel.share(work, 1, parallel.count_slices(logits.nbytes))
+    parallel.share(work, 1, min(rows, parallel.count_slices(logits.nbytes)))
     tokens: list[int] = found.tolist()
     return tokens
 
 
-def _draw(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """A token of each row [S, V], as its sequence asks for."""
-    rows, size = logits.shape
+def _draw(rows: list[Tensor], sequences: list[Sequence]) -> list[int]:
+    """A token of each row [V], as its sequence asks for."""
+    size = len(rows[0])
+    places = np.array([row.data_ptr() for row in rows], np.int64)
     asked = [sequence.sampling for sequence in sequences]
     limits = np.array([(each.temperature, each.min_p, each.top_p) for each in asked], np.float32)
     top_k = np.array([each.top_k if each.top_k > 0 else size for each in asked], np.int64)
     numbers = np.array([uniform(each.sampling.seed or 0, each.choice, each.generated) for each in sequences])
-    found = torch.empty(rows, dtype=torch.int64)
+    found = np.empty(len(rows), np.int64)
 
     def work(sharer: parallel.Sharer) -> None:
-        kernel.draw(logits.data_ptr(), rows, size, limits, top_k, numbers, found.data_ptr(), sharer)
+        kernel.draw(places, size, limits, top_k, numbers, found.ctypes.data, sharer)
 
-    parallel.share(work, 1, parallel.count_slices(logits.nbytes))
+    parallel.share(work, 1, min(len(rows), parallel.count_slices(WORTH_OF_A_DRAW * len(rows) * size)))
     tokens: list[int] = found.tolist()
     return tokens
 
@@ -91,9 +91,12 @@ def _adjusts(sequence: Sequence) -> bool:
     return bool(penalized or sampling.logit_bias or sequence.generated < sampling.min_tokens)
 
 
-def _adjust(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> None:
-    """Bias and penalties as vLLM defines them, in place [V]."""
+def _adjusted(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> Tensor:
+    """With bias and penalties as vLLM defines them, on a copy where anything changes [V]."""
     sampling = sequence.sampling
+    if not _adjusts(sequence):
+        return logits
+    logits = torch.from_numpy(logits.numpy().copy())  # torch would wake threads for it, which costs more than it does
     if sampling.logit_bias:
         logits[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()))
     if sampling.repetition_penalty != 1.0:  # of everything seen, the prompt too (Keskar et al. 2019)
@@ -106,3 +109,4 @@ def _adjust(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) 
         logits[list(sequence.counts)] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     for token in (*eos_token_ids, *sampling.stop_token_ids) if sequence.generated < sampling.min_tokens else ():
         logits[token] = -torch.inf
+    return logits

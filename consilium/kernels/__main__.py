@@ -45,7 +45,7 @@ def compile_all() -> None:
     gate.softmax_top_k(at, 1, _SIZE, at, _SIZE, 1, 1, at, at, at)
     sampling.largest(at, 1, _SIZE, at, alone(1))
     limits, top_k = np.ones((1, 3), np.float32), np.ones(1, np.int64)
-    sampling.draw(at, 1, _SIZE, limits, top_k, np.zeros(1), at, alone(1))
+    sampling.draw(np.array([at]), _SIZE, limits, top_k, np.zeros(1), at, alone(1))
     sampling.likeliest(at, _SIZE, 1, at)
     numbers = np.zeros(2, np.int64)
     routing.group(numbers, 1)

@@ -23,7 +23,7 @@ from consilium.kernels.sharing import done, meet, take
 
 BLOCK = 512
 LOWEST = np.float32(-np.inf)
-STEP = np.float32(7)  # a look further down the ranks takes in tokens up to exp(7) times less likely
+BINS, WIDTH = 4 * 88, np.float32(4)  # of a histogram of -y, in quarters; exp is 0 below -88
 
 
 @kernel
@@ -40,16 +40,17 @@ def largest(x: int, rows: int, size: int, ids: int, sharer: Any) -> Any:
 
 
 @kernel
-def draw(x: int, rows: int, size: int, limits: Any, top_k: Any, uniform: Any, ids: int, sharer: Any) -> Any:
-    """int64 [S] at ``ids``: the token of each row of float32 x [S, V].
+def draw(places: Any, size: int, limits: Any, top_k: Any, uniform: Any, ids: int, sharer: Any) -> Any:
+    """int64 [S] at ``ids``: the token of each row of logits, float32 [V] at the addresses ``places`` int64 [S].
 
     ``limits`` float32 [S, 3] are temperature (0 takes the likeliest), min_p and top_p; ``top_k`` int64 [S] is V or more
     for no limit; ``uniform`` float64 [S] are the random numbers in [0, 1).
     """
+    rows = places.shape[0]
     found = longs(ids, rows)
     row = take(sharer, rows)
     while row >= 0:
-        logits = floats(x + 4 * row * size, size)
+        logits = floats(places[row], size)
         if limits[row, 0] == ZERO:
             found[row] = _largest(logits)
         else:
@@ -176,33 +177,54 @@ def _restrict(y, e, top_k, top_p):  # type: ignore[no-untyped-def]
     everything = 0.0
     for each in _sums(e):
         everything += each
-    bound = -STEP
-    while True:
-        ranked = _ranked(y, e, bound)
-        enough = bound == LOWEST
-        stop = min(top_k, ranked.shape[0])
-        total = everything
-        if top_k < y.shape[0]:
-            enough |= ranked.shape[0] >= top_k
-            total = 0.0
-            for rank in range(stop):
-                total += np.float64(e[ranked[rank]])
-        if top_p < 1.0:
-            held, rank = 0.0, 0
-            while rank < stop and held < top_p * total:
-                held += np.float64(e[ranked[rank]])
-                rank += 1
-            # Of top_k's total nothing may be missing; of everything's, the ranks must be seen to reach the share.
-            enough |= top_k >= y.shape[0] and held >= top_p * total
-            stop = max(rank, min(1, stop))
-        if enough:
-            break
-        bound = bound - STEP if bound > np.float32(-88) else LOWEST
+    bound = _bound(y, e, top_k, top_p * everything)
+    ranked = _ranked(y, e, bound)
+    stop, enough = _cut(e, ranked, top_k, top_p, everything)
+    if not enough and bound > LOWEST:
+        ranked = _ranked(y, e, LOWEST)
+        stop, enough = _cut(e, ranked, top_k, top_p, everything)
     kept = ranked[:stop]
     weights = e[kept]
     e[:] = ZERO
     for each in range(stop):
         e[kept[each]] = weights[each]
+
+
+@kernel
+def _bound(y, e, top_k, share):  # type: ignore[no-untyped-def]
+    """A y above which there are, but for rounding, top_k tokens, or without a top_k such a ``share`` of the total."""
+    counts, held = np.zeros(BINS, np.int64), np.zeros(BINS, np.float64)
+    for i in range(y.shape[0]):
+        if e[i] > ZERO:
+            place = min(int(-y[i] * WIDTH), BINS - 1)
+            counts[place] += 1
+            held[place] += np.float64(e[i])
+    count, total = 0, 0.0
+    for place in range(BINS - 1):
+        count, total = count + counts[place], total + held[place]
+        if count >= top_k or (top_k >= y.shape[0] and total > share):
+            return -np.float32(place + 1) / WIDTH
+    return LOWEST
+
+
+@kernel
+def _cut(e, ranked, top_k, top_p, everything):  # type: ignore[no-untyped-def]
+    """How many of the ranked ids are kept, and whether these are enough to tell."""
+    size = e.shape[0]
+    stop, total = min(top_k, ranked.shape[0]), everything
+    enough = ranked.shape[0] >= top_k
+    if top_k < size:
+        total = 0.0
+        for rank in range(stop):
+            total += np.float64(e[ranked[rank]])
+    if top_p < 1.0:
+        held, rank = 0.0, 0
+        while rank < stop and held < top_p * total:
+            held += np.float64(e[ranked[rank]])
+            rank += 1
+        enough |= top_k >= size and held >= top_p * total
+        stop = max(rank, min(1, stop))
+    return stop, enough
 
 
 @kernel

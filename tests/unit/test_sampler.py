@@ -185,5 +185,6 @@ def test_every_token_of_a_flat_row_is_drawn_in_its_turn(size: int) -> None:
         found, board = np.zeros(1, np.int64), np.zeros(board_bytes(1, 1), np.uint8)
         numbers = np.array([(token + 0.5) / size])
         everything = np.array([size])
-        sampling.draw(row.data_ptr(), 1, size, table, everything, numbers, found.ctypes.data, (board.ctypes.data, 0, 1))
+        places, sharer = np.array([row.data_ptr()]), (board.ctypes.data, 0, 1)
+        sampling.draw(places, size, table, everything, numbers, found.ctypes.data, sharer)
         assert found.tolist() == [token]
