@@ -31,7 +31,7 @@ class FusedAttention:
         weights = before.address, *qkv.addresses, *attention.norm_addresses, *out.addresses, after.address
         sizes = attention.hidden_size, *attention.shape, attention.layer, attention.window
         self._layer = np.array([*weights, *sizes], np.int64)
-        self._weight_bytes = qkv.weight_bytes + out.weight_bytes
+        self.weight_bytes = qkv.weight_bytes + out.weight_bytes
 
     def takes(self, rows: int) -> bool:
         """Whether so many rows are few enough."""
@@ -40,7 +40,7 @@ class FusedAttention:
     def forward(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """x [T, D] float32 -> the residual stream and its norm, both [T, D]; writes keys and values into the caches."""
         attention, rows = self._attention, len(x)
-        parts = parallel.count_slices(self._weight_bytes + attention.work(batch))
+        parts = parallel.count_slices(self.weight_bytes + attention.work(batch))
         scratch_row = 4 * batch.positions
         size = kernel.workspace_bytes(rows, attention.hidden_size, *attention.shape)
         workspace = batch.workspace(size + parts * attention.scratch_rows * scratch_row)
