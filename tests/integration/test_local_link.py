@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -429,15 +430,22 @@ def test_an_offset_has_no_place_in_a_grpc_call_without_an_attachment(worker: Pro
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A socket's path has about 100 characters at most, and pytest's own folders may take most of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 def test_the_folder_holds_the_sockets_of_the_living_alone(
-    tiny_mixtral: Path, tmp_path: Path, file_options: Callable[..., list[str]]
+    tiny_mixtral: Path, short_folder: Path, file_options: Callable[..., list[str]]
 ) -> None:
-    (tmp_path / f"notes{SUFFIX}").write_text("not a socket, and not ours to remove")
-    options = file_options(worker=f"socket_folder: {tmp_path}")
+    (short_folder / f"notes{SUFFIX}").write_text("not a socket, and not ours to remove")
+    options = file_options(worker=f"socket_folder: {short_folder}")
     argv = worker_argv("0", "--model", str(tiny_mixtral), "--quantization", "none", *options)
 
     def sockets() -> set[Path]:
-        return {each for each in tmp_path.iterdir() if each.is_socket()}
+        return {each for each in short_folder.iterdir() if each.is_socket()}
 
     with running(argv) as first:
         path = Path(describe(first).local_sockets[1])
@@ -450,7 +458,7 @@ def test_the_folder_holds_the_sockets_of_the_living_alone(
         assert sockets() == {path}, "nobody could remove it"
         with running(argv) as third:
             assert sockets() == {Path(describe(third).local_sockets[1])}
-    assert [each.name for each in tmp_path.iterdir()] == [f"notes{SUFFIX}"]
+    assert [each.name for each in short_folder.iterdir()] == [f"notes{SUFFIX}"]
 
 
 @pytest.mark.parametrize(
