@@ -3,6 +3,9 @@
 `python -m bench.delayed --delay-command TOOL`, as root, with `ip` of iproute2. Gateway and workers get a network
 namespace each; TOOL NS_A IP_A NS_B IP_B DELAY_MS LOSS joins them, prints a line when packets flow, runs until ended.
 A step must wait for each layer's round trip; what it takes is held against the near step and twice the delay a layer.
+
+The link is a program on the same cores. What it costs is shown too: bare sockets that carry a layer's bytes over it and
+do nothing else, and the share of the cores that gateway, workers and link were busy.
 """
 
 from __future__ import annotations
@@ -14,64 +17,78 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.figures import distribution
 from bench.machine import ROOT, describe
+from bench.namespaces import FAR, FAR_IP, NEAR, NEAR_IP, bare_seconds, inside, namespaces
 from bench.report import RESULTS, write
 from consilium.checkpoint import Checkpoint
 from consilium.models import resolve_model
+from gateway.stage_clock import LAYER_STAGES
 from tests.stack import Process, running, split_experts, worker_argv
 
-NEAR, FAR = (f"consilium-{os.getpid()}-{side}" for side in ("near", "far"))
-NEAR_IP, FAR_IP = "10.213.78.1", "10.213.78.2"
 READY_SECONDS = 120.0
+TICKS = os.sysconf("SC_CLK_TCK")
+BARE_ROUNDS = 200
+FETCH = "import sys, urllib.request as web; sys.stdout.write(web.urlopen(sys.argv[1]).read().decode())"
 
-Command = tuple[str, ...]
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A gateway in NEAR and its workers."""
+
+    gateway: Process
+    workers: Sequence[Process]
+
+    def cpu_seconds(self, link: int) -> dict[str, float]:
+        """What each side has used so far."""
+        workers = sum(_cpu_seconds(worker.pid) for worker in self.workers)
+        return {"gateway": _cpu_seconds(self.gateway.pid), "workers": workers, "link": _cpu_seconds(link)}
+
+    def metrics(self) -> dict[str, float]:
+        """The sums of the gateway's counters, by name and by stage."""
+        asked = [*inside(NEAR), sys.executable, "-c", FETCH, f"{self.gateway.address}/metrics"]
+        shown = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = dict[str, float]()
+        for family in text_string_to_metric_families(shown):
+            for sample in family.samples:
+                name = sample.labels.get("stage", sample.name)
+                found[name] = found.get(name, 0.0) + sample.value
+        return found
 
 
-def inside(namespace: str) -> Command:
-    """The command that runs another one in a namespace."""
-    return ("ip", "netns", "exec", namespace)
+def _cpu_seconds(pid: int) -> float:
+    """In user code and in the system, of a process and its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return (int(fields[11]) + int(fields[12])) / TICKS + sum(_cpu_seconds(int(child)) for child in children)
 
 
 @contextmanager
-def namespaces(delay_command: Sequence[str], delay_ms: float) -> Iterator[None]:
-    """NEAR and FAR, joined by a link with ``delay_ms`` each way. Raises RuntimeError when the tool fails."""
-    with ExitStack() as cleanup:
-        for name in (NEAR, FAR):
-            subprocess.run(["ip", "netns", "add", name], check=True)
-            cleanup.callback(subprocess.run, ["ip", "netns", "del", name], check=True)
-            subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        command = [*delay_command, NEAR, NEAR_IP, FAR, FAR_IP, str(delay_ms), "0"]
-        link = cleanup.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        cleanup.callback(link.terminate)
-        assert link.stdout is not None
-        if not link.stdout.readline():
-            raise RuntimeError(f"{shlex.join(command)} ended before its link was up")
-        yield
-
-
-@contextmanager
-def gateway(options: argparse.Namespace, workers: str) -> Iterator[str]:
-    """The URL, in NEAR, of a ready gateway whose workers run in the namespace ``workers``."""
+def gateway(options: argparse.Namespace, workers: str) -> Iterator[Running]:
+    """A ready gateway in NEAR whose workers run in the namespace ``workers``."""
     model = ["--model", options.model, "--dtype", options.dtype]
     address = NEAR_IP if workers == NEAR else FAR_IP
     with ExitStack() as cleanup:
-        endpoints = list[str]()
-        for held in split_experts(resolve_model(options.model), options.workers, replicas=1):
-            argv = worker_argv(held, *model, "--host", address)
-            process = cleanup.enter_context(running(argv, prefix=inside(workers)))
-            endpoints += ["--group-endpoint", f"experts={process.address}"]
+        processes = [
+            cleanup.enter_context(running(worker_argv(held, *model, "--host", address), prefix=inside(workers)))
+            for held in split_experts(resolve_model(options.model), options.workers, replicas=1)
+        ]
+        endpoints = [flag for each in processes for flag in ("--group-endpoint", f"experts={each.address}")]
         argv = ["gateway", *model, "--port", "0", "--threads", "1", *endpoints]
         process = cleanup.enter_context(running(argv, prefix=inside(NEAR)))
         wait_ready(process)
-        yield process.address
+        yield Running(process, processes)
 
 
 def wait_ready(process: Process) -> None:
@@ -97,32 +114,67 @@ def load(url: str, options: argparse.Namespace) -> dict[str, Any]:
     return dict(figures)
 
 
+def measure(stack: Running, link: int, layers: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The load's figures; beside them, means of a layer of a step, and how busy the processes were."""
+    metrics, busy, start = stack.metrics(), stack.cpu_seconds(link), time.perf_counter()
+    figures = load(stack.gateway.address, options)
+    seconds = time.perf_counter() - start
+    busy = {name: (now - busy[name]) / seconds for name, now in stack.cpu_seconds(link).items()}
+    spent = {name: now - metrics.get(name, 0.0) for name, now in stack.metrics().items()}
+    steps = layers * spent["consilium_iteration_seconds_count"]
+    stages = {stage: spent[stage] / steps for stage in LAYER_STAGES}
+    frames = spent["consilium_worker_frames_total"]
+    sent, received = (spent[f"consilium_worker_{way}_bytes_total"] / frames for way in ("sent", "received"))
+    return {
+        **figures,
+        "layer_seconds": stages,
+        "busy_cores": busy,
+        "frames": frames / steps / options.workers,  # of a layer, to one worker
+        "frame_bytes": {"sent": sent, "received": received},
+    }
+
+
+def table(found: Mapping[str, dict[str, Any]]) -> Table:
+    """Milliseconds of a layer, and the share of a core that each side took."""
+    shown = Table("ms of a layer", *LAYER_STAGES, "busy: gateway", "workers", "link", box=box.SIMPLE_HEAD)
+    for way, figures in found.items():
+        stages = (f"{figures['layer_seconds'][stage] * 1e3:.2f}" for stage in LAYER_STAGES)
+        shown.add_row(way, *stages, *(f"{figures['busy_cores'][part]:.2f}" for part in ("gateway", "workers", "link")))
+    return shown
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.delayed", description=__doc__)
     parser.add_argument("--delay-command", type=shlex.split, required=True, metavar="TOOL")
     parser.add_argument("--delay", type=float, default=1.0, metavar="MS", help="one way; 1")
+    parser.add_argument("--mtu", type=int, default=1500, metavar="BYTES", help="9000 is usual within a data centre")
     parser.add_argument("--model", default="default")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--streams", type=int, default=16, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--name", default="delayed", help="of the file of figures")
     options = parser.parse_args(arguments)
     machine, found = describe(), dict[str, dict[str, Any]]()
-    with namespaces(options.delay_command, options.delay):
-        for way, workers in (("near", NEAR), ("far", FAR)):
-            with gateway(options, workers) as url:
-                found[way] = load(url, options)
-    near, far = (found[way]["inter_token_latency"]["p50"] for way in ("near", "far"))
     layers = len(Checkpoint(resolve_model(options.model)).config.expert_layers())
+    with namespaces(options.delay_command, options.delay, options.mtu) as link:
+        for way, workers in (("near", NEAR), ("far", FAR)):
+            with gateway(options, workers) as stack:
+                found[way] = measure(stack, link, layers, options)
+        out, back = (round(found["far"]["frame_bytes"][way]) for way in ("sent", "received"))
+        bare = distribution(bare_seconds(options.workers, out, back, BARE_ROUNDS))
+    assert bare is not None
+    near, far = (found[way]["inter_token_latency"]["p50"] for way in ("near", "far"))
     allowed = near + layers * 2 * options.delay / 1e3
-    ratio = far / allowed
-    table = Table("near", "far", f"near + {layers} × {2 * options.delay:g} ms", "far against that", box=box.SIMPLE_HEAD)
-    table.add_row(*(f"{each * 1e3:.1f} ms" for each in (near, far, allowed)), f"{ratio:.2f} ×")
-    Console().print(table)
-    parameters = {name: value for name, value in vars(options).items() if name != "delay_command"}
-    figures = {**found, "layers": layers, "allowed_seconds": allowed, "ratio": ratio}
-    print(f"written to {write('delayed', machine, parameters, figures)}", file=sys.stderr)
+    console = Console()
+    console.print(table(found))
+    print(f"near {near * 1e3:.1f} ms, far {far * 1e3:.1f} ms a token: {far / allowed:.2f} x", end=" ")
+    print(f"of near + {layers} x {2 * options.delay:g} ms = {allowed * 1e3:.1f} ms")
+    print(f"bare sockets with {out} bytes to each worker, {back} back: {bare['p50'] * 1e3:.2f} ms a round")
+    parameters = {name: value for name, value in vars(options).items() if name not in ("delay_command", "name")}
+    figures = {**found, "layers": layers, "bare_seconds": bare, "allowed_seconds": allowed, "ratio": far / allowed}
+    print(f"written to {write(options.name, machine, parameters, figures)}", file=sys.stderr)
     return 0
 
 
