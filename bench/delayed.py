@@ -2,7 +2,8 @@
 
 `python -m bench.delayed --delay-command TOOL`, as root, with `ip` of iproute2. Gateway and workers get a network
 namespace each; TOOL NS_A IP_A NS_B IP_B DELAY_MS LOSS joins them, prints a line when packets flow, runs until ended.
-A step must wait for each layer's round trip; what it takes is held against the near step and twice the delay a layer.
+A step must wait for each layer's round trip; what it takes is held against twice the delay a layer and the near step:
+with local links, and over gRPC through the same link without delay, which tells the distance from the transport.
 
 The link is a program on the same cores. What it costs is shown too: bare sockets that carry a layer's bytes over it and
 do nothing else, and the share of the cores that gateway, workers and link were busy.
@@ -85,7 +86,8 @@ def gateway(options: argparse.Namespace, workers: str) -> Iterator[Running]:
             for held in split_experts(resolve_model(options.model), options.workers, replicas=1)
         ]
         endpoints = [flag for each in processes for flag in ("--group-endpoint", f"experts={each.address}")]
-        argv = ["gateway", *model, "--port", "0", "--threads", "1", *endpoints]
+        config = [] if options.config is None else ["--config", options.config]
+        argv = ["gateway", *model, *config, "--port", "0", "--threads", "1", *endpoints]
         process = cleanup.enter_context(running(argv, prefix=inside(NEAR)))
         wait_ready(process)
         yield Running(process, processes)
@@ -134,12 +136,16 @@ def measure(stack: Running, link: int, layers: int, options: argparse.Namespace)
     }
 
 
-def table(found: Mapping[str, dict[str, Any]]) -> Table:
-    """Milliseconds of a layer, and the share of a core that each side took."""
-    shown = Table("ms of a layer", *LAYER_STAGES, "busy: gateway", "workers", "link", box=box.SIMPLE_HEAD)
-    for way, figures in found.items():
-        stages = (f"{figures['layer_seconds'][stage] * 1e3:.2f}" for stage in LAYER_STAGES)
-        shown.add_row(way, *stages, *(f"{figures['busy_cores'][part]:.2f}" for part in ("gateway", "workers", "link")))
+def table(found: Mapping[str, dict[str, Any]], tokens: Mapping[str, float]) -> Table:
+    """Milliseconds of a token and of a layer's stages, and the share of a core that each side took."""
+    shown = Table("ms", *found, box=box.SIMPLE_HEAD)
+    shown.add_row("token", *(f"{tokens[way] * 1e3:.1f}" for way in found))
+    for stage in LAYER_STAGES:
+        shown.add_row(f"layer: {stage}", *(f"{each['layer_seconds'][stage] * 1e3:.2f}" for each in found.values()))
+    bare = (f"{each['bare_seconds']['p50'] * 1e3:.2f}" for each in found.values())
+    shown.add_row("bare sockets, a layer's bytes", *bare)
+    for part in ("gateway", "workers", "link"):
+        shown.add_row(f"cores busy: {part}", *(f"{each['busy_cores'][part]:.2f}" for each in found.values()))
     return shown
 
 
@@ -151,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mtu", type=int, default=1500, metavar="BYTES", help="9000 is usual within a data centre")
     parser.add_argument("--model", default="default")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--config", metavar="FILE", help="of the gateway")
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--streams", type=int, default=16, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N")
@@ -158,22 +165,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     machine, found = describe(), dict[str, dict[str, Any]]()
     layers = len(Checkpoint(resolve_model(options.model)).config.expert_layers())
-    with namespaces(options.delay_command, options.delay, options.mtu) as link:
-        for way, workers in (("near", NEAR), ("far", FAR)):
+    delay = options.delay * 1e-3
+    for way, workers, seconds in (("near", NEAR, 0.0), ("no delay", FAR, 0.0), ("far", FAR, delay)):
+        with namespaces(options.delay_command, seconds * 1e3, options.mtu) as link:
             with gateway(options, workers) as stack:
                 found[way] = measure(stack, link, layers, options)
-        out, back = (round(found["far"]["frame_bytes"][way]) for way in ("sent", "received"))
-        bare = distribution(bare_seconds(options.workers, out, back, BARE_ROUNDS))
-    assert bare is not None
-    near, far = (found[way]["inter_token_latency"]["p50"] for way in ("near", "far"))
-    allowed = near + layers * 2 * options.delay / 1e3
-    console = Console()
-    console.print(table(found))
-    print(f"near {near * 1e3:.1f} ms, far {far * 1e3:.1f} ms a token: {far / allowed:.2f} x", end=" ")
-    print(f"of near + {layers} x {2 * options.delay:g} ms = {allowed * 1e3:.1f} ms")
-    print(f"bare sockets with {out} bytes to each worker, {back} back: {bare['p50'] * 1e3:.2f} ms a round")
+            out, back = (round(found[way]["frame_bytes"][part]) for part in ("sent", "received"))
+            found[way]["bare_seconds"] = distribution(bare_seconds(options.workers, out, back, BARE_ROUNDS))
+    tokens = {way: figures["inter_token_latency"]["p50"] for way, figures in found.items()}
+    ratios = {way: tokens["far"] / (tokens[way] + layers * 2 * delay) for way in ("near", "no delay")}
+    Console().print(table(found, tokens))
+    for way, ratio in ratios.items():
+        print(f"far: {ratio:.2f} x of {way} + {layers} x {2 * options.delay:g} ms")
     parameters = {name: value for name, value in vars(options).items() if name not in ("delay_command", "name")}
-    figures = {**found, "layers": layers, "bare_seconds": bare, "allowed_seconds": allowed, "ratio": far / allowed}
+    figures = {**found, "layers": layers, "ratios": ratios}
     print(f"written to {write(options.name, machine, parameters, figures)}", file=sys.stderr)
     return 0
 

@@ -75,8 +75,8 @@ class GatewayConfig(Section):
         None, description="arithmetic of the projections and the head; int8 by default where the experts are"
     )
     metrics_all_experts: bool = Field(False, description="a series for every (layer, expert), not for 20 and the rest")
-    micro_batches: Literal[1, 2] | None = Field(
-        None, description="batches of a step that take turns with the workers; by default as measured to be faster"
+    micro_batches: int | None = Field(
+        None, ge=1, le=2, description="batches of a step that take turns with the workers; by default what is faster"
     )
     local_links: bool = Field(True, description="pass frames to workers on this host without gRPC")
     drain_timeout: Duration = Field(30.0, ge=0, description="how long running requests may go on after SIGTERM")

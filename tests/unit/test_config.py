@@ -64,6 +64,7 @@ def test_the_environment_states_units_lists_and_groups(load: Load) -> None:
         {
             "CONSILIUM_GATEWAY__KV_CACHE_MEMORY": "64MiB",
             "CONSILIUM_GATEWAY__LAYER_TIMEOUT": "3",
+            "CONSILIUM_GATEWAY__MICRO_BATCHES": "2",
             "CONSILIUM_GATEWAY__API_KEYS": "[one, two]",
             "CONSILIUM_EXPERTS__VISION__TIMEOUT": "2m",
             "CONSILIUM_EXPERTS__AUDIO__ENDPOINT": '["grpc://a:1", "grpc://[::1]:2"]',
@@ -72,6 +73,7 @@ def test_the_environment_states_units_lists_and_groups(load: Load) -> None:
         },
     )
     assert (config.gateway.kv_cache_memory, config.gateway.layer_timeout) == (2**26, 3.0)
+    assert config.gateway.micro_batches == 2
     assert [key.get_secret_value() for key in config.gateway.api_keys] == ["one", "two"]
     assert (config.experts["vision"].timeout, config.experts["vision"].max_batch) == (120.0, 32)
     assert config.experts["audio"].endpoints == ("grpc://a:1", "grpc://[::1]:2")
