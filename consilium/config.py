@@ -167,10 +167,14 @@ class RouterConfig(Section):
         None, description="redis://, rediss:// or unix:// URL of a Redis of its own, where several routers share state"
     )
     lease: Duration = Field(10.0, ge=0.5, description="a worker is taken for dead so long after its last heartbeat")
+    patience: Duration | None = Field(
+        None, ge=0, description="so long after its start a router waits for workers that hold the rest; one lease"
+    )
     replicas: int = Field(1, ge=1, description="copies of every expert, at least, as far as there is room")
     rebalance: Duration = Field(30.0, gt=0, description="least time between two placements for the sake of balance")
     load_half_life: Duration = Field(60.0, gt=0, description="after so long a report of load counts half")
     move_cost: float = Field(0.02, ge=0, description="what moving one expert per worker must win, of the mean load")
+    tolerance: float = Field(0.05, ge=0, description="a layer is left alone while its busiest has so little more")
     mixed_numerics: bool = Field(False, description="take workers that round differently from those there are")
     worker_token_file: Path | None = Field(None, description="a secret that workers show; only they may register")
     gateway_token_file: Path | None = Field(None, description="a secret that gateways show")

@@ -64,9 +64,12 @@ def plan_workers(config: Config, experts: int, workers: int, replicas: int, core
     ]
 
 
-def router_command(shared: Sequence[str], replicas: int) -> list[str]:
-    """The router's command line, on a loopback port of the system's choice."""
-    place = ["--host", "127.0.0.1", "--port", "0", "--replicas", str(replicas)]
+def router_command(shared: Sequence[str], replicas: int, patience: float) -> list[str]:
+    """The router's command line, on a loopback port of the system's choice. The workers may take ``patience`` to load.
+
+    Until then it tells none of them to load what another one is about to bring.
+    """
+    place = ["--host", "127.0.0.1", "--port", "0", "--replicas", str(replicas), "--patience", f"{patience:g}s"]
     return [sys.executable, "-m", "router_service", *shared, *place]
 
 

@@ -150,8 +150,9 @@ class EngineProcess:
             missing_experts=len(missing),
         )
         if status != self._status:
-            was_ready, self._status = self._status is not None and self._status.ready, status
-            log.log(logging.WARNING if was_ready else logging.INFO, "%s", status.detail)
+            before, self._status = self._status, status
+            if before is None or before.detail != status.detail:  # numbers of experts move all the time
+                log.log(logging.WARNING if before is not None and before.ready else logging.INFO, "%s", status.detail)
             self._send(status)
 
     def _send(self, message: ToHttp) -> None:

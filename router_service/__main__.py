@@ -24,6 +24,7 @@ FLAGS = {
     "host": ("router.host", "address to listen on"),
     "port": ("router.port", "port to listen on; 0 lets the system choose"),
     "replicas": ("router.replicas", "copies of every expert, as far as there is room"),
+    "patience": ("router.patience", "so long it waits for workers that hold what is missing; one lease by default"),
     "worker-token-file": ("router.worker_token_file", "a secret that workers show"),
     "gateway-token-file": ("router.gateway_token_file", "a secret that gateways show"),
 }

@@ -41,7 +41,7 @@ class Controller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._deployment, self._config, self._store, self._clock = deployment, config, store, clock
-        self._policy = Policy(config.replicas, config.move_cost)
+        self._policy = Policy(config.replicas, config.move_cost, config.tolerance)
         self.state = router_pb2.RouterState()
         self.leads = False
         self.demand = total(deployment.layers, deployment.experts, [])
@@ -141,14 +141,15 @@ class Controller:
         return found
 
     def _may_place(self, records: Records) -> bool:
-        """Whether enough is known for a first placement: all experts are held, or who is missing had one lease."""
+        """Whether enough is known for a first placement: all experts are held, or who is missing had time to come."""
         if self._target is not None:
             return True
         holders, now = holders_of(held_by(records)), self._clock()
         if len(holders) == len(self._deployment.layers) * self._deployment.experts:
             return True
         nobody_holds = not holders and bool(records) and not self.state.placement.epoch
-        return now - self._started >= self._config.lease or (nobody_holds and now - self._joined >= QUIET)
+        patience = self._config.lease if self._config.patience is None else self._config.patience
+        return now - self._started >= patience or (nobody_holds and now - self._joined >= QUIET)
 
     async def _aim(self, records: Records) -> None:
         """Make a new target where workers have come, gone or want to leave, or the load is another one."""

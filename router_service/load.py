@@ -21,7 +21,11 @@ ENOUGH_ROWS = 32
 
 
 class DecayedLoad:
-    """Sums of what was reported here, each report weighing 2^(-age / half-life)."""
+    """Sums of what was reported here, each report weighing 2^(-age / half-life), and how far they can be trusted.
+
+    A sum's variance is that of its reports: how far each one was from the shares that all of them together have. So
+    chance counts, and texts that come and go. It is taken to be at least that of independent rows.
+    """
 
     def __init__(
         self, layers: Sequence[int], experts: int, half_life: float, clock: Callable[[], float] = time.monotonic
@@ -29,6 +33,7 @@ class DecayedLoad:
         self._layers = {layer: place for place, layer in enumerate(layers)}
         self._half_life, self._clock = half_life, clock
         self._sums = np.zeros((2, len(layers), experts))  # rows and reads, as of `_at`
+        self._variance = np.zeros((len(layers), experts))  # of the sums of rows
         self._at = clock()
 
     def add(self, report: router_pb2.ReportLoadRequest) -> None:
@@ -39,18 +44,24 @@ class DecayedLoad:
                 raise InvalidRequest(f"layer {counts.layer}: counts of {experts} experts were expected")
         self._decay()
         for counts in report.layers:
-            self._sums[:, self._layers[counts.layer]] += np.array([counts.rows, counts.reads], float)
+            place, rows = self._layers[counts.layer], np.array(counts.rows, float)
+            self._sums[:, place] += np.stack([rows, np.array(counts.reads, float)])
+            expected = self._sums[0, place] * (rows.sum() / max(self._sums[0, place].sum(), 1.0))
+            self._variance[place] += np.maximum((rows - expected) ** 2, rows)
 
     def demand(self) -> Demand:
         """Per second."""
         self._decay()
         # Of something constant, the sum of all reports is rate * half-life / ln 2, once they are old enough.
-        rates = self._sums * (math.log(2) / self._half_life)
-        return Demand(tuple(self._layers), rates[0].copy(), rates[1].copy())
+        per_second = math.log(2) / self._half_life
+        rows, reads = self._sums * per_second
+        return Demand(tuple(self._layers), rows, reads, self._variance * per_second**2)
 
     def _decay(self) -> None:
         now = self._clock()
-        self._sums *= 2.0 ** (-(now - self._at) / self._half_life)
+        fading = 2.0 ** (-(now - self._at) / self._half_life)
+        self._sums *= fading
+        self._variance *= fading**2
         self._at = now
 
 
@@ -62,14 +73,14 @@ def enough(demand: Demand, half_life: float) -> bool:
 
 def pack(demand: Demand) -> bytes:
     """For the other routers."""
-    return np.stack([demand.rows, demand.reads]).astype("<f4").tobytes()
+    return np.stack([demand.rows, demand.reads, demand.uncertainty()]).astype("<f4").tobytes()
 
 
 def total(layers: Sequence[int], experts: int, packed: Sequence[bytes]) -> Demand:
     """The sum over all routers; what does not fit this model is left out."""
-    size = 2 * len(layers) * experts * 4
-    sums: NDArray[np.float64] = np.zeros((2, len(layers), experts))
+    size = 3 * len(layers) * experts * 4
+    sums: NDArray[np.float64] = np.zeros((3, len(layers), experts))
     for each in packed:
         if len(each) == size:
             sums += np.frombuffer(each, "<f4").reshape(sums.shape)
-    return Demand(tuple(layers), sums[0], sums[1])
+    return Demand(tuple(layers), *sums)

@@ -106,7 +106,10 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     up.add_argument("--metrics", action="store_true", help="workers' metrics on ports of their own, shown in the log")
     up.add_argument(
-        "--router", action="store_true", help="run a router, too: other workers may join, and hot experts get copies"
+        "--router",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run a router, too: other workers may join, and hot experts get copies (yes)",
     )
     up.add_argument("--no-demo", dest="demo", action="store_false", help="send no first request")
     up.set_defaults(command=up_command.up)

@@ -61,7 +61,9 @@ def _up(options: argparse.Namespace, cache: EmbeddedCache | None) -> int:
         try:
             if cache is not None:
                 stack.start_cache(cache.command())
-            router = stack.start_router(router_command(shared, options.replicas)) if options.router else None
+            router = None
+            if options.router:
+                router = stack.start_router(router_command(shared, options.replicas, options.start_timeout))
             gateway = _start(stack, workers, router)
             _introduce(stack, gateway, model, workers)
             if router is not None:

@@ -9,26 +9,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_service.placement.layer import Floats, Ints, Layer
+from router_service.placement.policy import Policy
 
 CANDIDATES = 8  # of the busiest worker's experts, and of the workers that may exchange one of theirs for it
 BALANCED = 0.01  # of the mean: nothing is done about a busiest worker that has so little more
 MOST_STEPS = 4  # times the workers
+SURE = 3.0  # standard deviations that a gain must be above what chance alone would make of it
 _PROGRESS = 1e-4  # of the busiest level; less is not worth a look
 _ROUNDING = 1e-9
 
 
-def improve(layer: Layer, replicas: int, move_cost: float) -> None:
+def improve(layer: Layer, policy: Policy) -> None:
     """Copy and exchange experts so that the busiest worker has less to do.
 
     A move costs ``move_cost`` of the mean level, shared by the W workers, which load at the same time. Steps are taken
-    one by one, and of all beginnings of this sequence the one that earns most is kept; none if none earns its cost.
+    one by one, and of all beginnings of this sequence the one that earns most is kept; none if none earns its cost, or
+    if all that it earns may be the chance of the sample: of W workers that are equally busy one seems busiest.
     """
-    loaded = layer.held.copy()
-    price = move_cost * layer.mean / len(layer.level)
     start = layer.level.max()
-    best, most = loaded, 0.0
+    if start <= (1 + policy.tolerance) * layer.mean:
+        return
+    loaded = layer.held.copy()
+    price = policy.move_cost * layer.mean / len(layer.level)
+    best, most = loaded, (SURE + np.sqrt(2 * np.log(len(layer.level)))) * layer.noise()
     for _ in range(MOST_STEPS * len(layer.level)):
-        if layer.level.max() <= (1 + BALANCED) * layer.mean or not _step(layer, replicas):
+        if layer.level.max() <= (1 + BALANCED) * layer.mean or not _step(layer, policy.replicas):
             break
         earned = start - layer.level.max() - price * int((layer.held & ~loaded).sum())
         if earned > most + _PROGRESS * start:

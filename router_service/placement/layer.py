@@ -19,13 +19,17 @@ SWEEPS, SETTLED = 16, 3e-3  # over the experts with several holders, until no le
 class Layer:
     """A placement that is being made. What workers have room for and must not hold together is looked at here alone."""
 
-    def __init__(self, cost: Floats, held: Bools, limit: Ints, near: Bools, homes: Bools) -> None:
+    def __init__(
+        self, cost: Floats, held: Bools, limit: Ints, near: Bools, homes: Bools, doubt: Floats | None = None
+    ) -> None:
         """``cost`` [E, W], above 0: load of each expert if that worker had it alone.
 
         ``held`` [E, W] is changed in place. ``limit`` [W]: most experts of this layer. ``near`` [W, W]: pairs that must
         not both hold one expert, each worker with itself among them. ``homes`` [E, W]: where an expert may go.
+        ``doubt`` [E]: variance of what is known of each expert's load, as part of its square; 0 by default.
         """
         self.cost, self.held, self.limit, self.near, self.homes = cost, held, limit, near, homes
+        self._doubt = np.zeros(len(cost)) if doubt is None else doubt
         self._near, self._alone = near.astype(np.float32), int(near.sum()) == len(near)
         self.copies: Ints = held.sum(axis=1)  # [E]
         self.taken: Ints = held.sum(axis=0)  # [W]
@@ -40,6 +44,10 @@ class Layer:
         speed = np.divide(most[:, None], self.cost, out=np.ones_like(self.cost), where=self.cost > 0).mean(axis=0)
         found: Floats = most / speed.mean()
         return found
+
+    def noise(self) -> float:
+        """Standard deviation of the level of the worker of which least is known."""
+        return float(np.sqrt(((self.share * self.cost) ** 2 * self._doubt[:, None]).sum(axis=0)).max(initial=0.0))
 
     @property
     def room(self) -> Ints:

@@ -14,6 +14,7 @@ import numpy as np
 from router_service.placement.homes import find_homes
 from router_service.placement.improve import improve
 from router_service.placement.layer import Bools, Floats, Ints, Layer
+from router_service.placement.policy import Policy
 from router_service.placement.repair import repair, strip, trim
 
 # Every expert is taken to have at least this part of the mean load of its layer: what nobody asks for now may be
@@ -44,6 +45,11 @@ class Demand:
     layers: tuple[int, ...]  # [L] those that route, ascending
     rows: Floats  # [L, E] (token, expert) pairs in a second
     reads: Floats  # [L, E] steps in a second in which an expert is asked for at all
+    variance: Floats | None = None  # [L, E] of ``rows``; none where they are known exactly
+
+    def uncertainty(self) -> Floats:
+        """The variance of ``rows`` [L, E]."""
+        return np.zeros_like(self.rows) if self.variance is None else self.variance
 
     def cost(self, workers: Sequence[WorkerSpec], prior: float = PRIOR) -> Floats:
         """Seconds of work per second [L, E, W] if a worker had an expert alone."""
@@ -54,15 +60,6 @@ class Demand:
         per_read = np.array([each.read_seconds for each in workers])
         cost: Floats = rows[:, :, None] * per_row + reads[:, :, None] * per_read
         return cost
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the operator wants of a placement."""
-
-    replicas: int = 1  # copies of every expert, at least, as far as there is room
-    move_cost: float = 0.02  # of the mean level; what one move per worker must earn
-    gate_groups: int = 1  # of a gate that asks a few groups of neighbouring experts: each group stays on few hosts
 
 
 class Move(NamedTuple):
@@ -122,9 +119,15 @@ def _place(workers: Sequence[WorkerSpec], held: Bools, demand: Demand, policy: P
     quota = _quotas(capacity, *held.shape[:2])  # [L, W]
     near, cost = _near(workers), demand.cost(workers)
     hosts = [each.host for each in workers]
+    known = demand.rows > 0
+    doubt = np.divide(np.sqrt(demand.uncertainty()), demand.rows, out=np.zeros_like(demand.rows), where=known) ** 2
     layers = [
-        Layer(each, mine.copy(), room, near, find_homes(each, hosts, room, policy.gate_groups, policy.replicas))
-        for each, mine, room in zip(cost, held, quota, strict=True)
+        Layer(
+            *(each, mine.copy(), room, near),
+            homes=find_homes(each, hosts, room, policy.gate_groups, policy.replicas),
+            doubt=unsure,
+        )
+        for each, mine, room, unsure in zip(cost, held, quota, doubt, strict=True)
     ]
     for layer in layers:
         strip(layer, policy.replicas)
@@ -134,14 +137,14 @@ def _place(workers: Sequence[WorkerSpec], held: Bools, demand: Demand, policy: P
         for layer, limit in zip(layers, limits, strict=True):
             others = taken - layer.taken
             layer.limit = np.minimum(np.maximum(limit, layer.taken), np.maximum(capacity - others, 0))
-            step(layer, policy.replicas, policy.move_cost)
+            step(layer, policy)
             taken = others + layer.taken
     return np.stack([layer.held for layer in layers])
 
 
-def _complete(layer: Layer, replicas: int, _: float) -> None:
+def _complete(layer: Layer, policy: Policy) -> None:
     trim(layer)
-    repair(layer, replicas)
+    repair(layer, policy.replicas)
 
 
 def _quotas(capacity: Ints, layers: int, experts: int) -> Ints:

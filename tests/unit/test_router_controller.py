@@ -222,6 +222,19 @@ def test_who_does_not_come_back_within_one_lease_is_dead() -> None:
     run(body)
 
 
+def test_while_others_may_still_bring_the_rest_nobody_is_told_to_load_it() -> None:
+    async def body(world: World) -> None:
+        await world.join("a", LEFT)
+        await world.pass_time(4 * LEASE)
+        assert not world.controller.state.placement.epoch
+        await world.join("b", RIGHT)
+        await world.controller.tick()
+        assert world.wanted("a") == set(LEFT)
+        assert world.wanted("b") == set(RIGHT)
+
+    run(body, RouterConfig(lease=LEASE, patience=600))
+
+
 def test_lost_leases_are_unknown_and_not_dead() -> None:
     async def body(world: World) -> None:
         await world.join("a", LEFT)

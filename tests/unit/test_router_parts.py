@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from consilium.config import Config, RouterConfig, load_config
 from consilium.errors import ConfigError, InvalidRequest
@@ -14,6 +16,7 @@ from consilium.tokens import is_loopback, read_token
 from protos.router.v1 import router_pb2
 from protos.tensor.v1 import tensor_pb2
 from router_service.load import DecayedLoad, enough, pack, total
+from router_service.placement import Demand, Policy, WorkerSpec, place
 from router_service.server import read_tokens
 from tests.router_workers import DEPLOYMENT, layer_experts, record, worker
 
@@ -86,6 +89,55 @@ def test_few_rows_are_chance() -> None:
     load.add(counts([20, 20, 20, 0]))
     assert enough(load.demand(), 10.0)
     assert np.array_equal(load.demand().layers, [0])
+
+
+def reports(shares: NDArray[np.float64], reports: int) -> DecayedLoad:
+    """What is known after so many reports of 8 steps with 8 pairs in 8 layers, drawn by ``shares`` [E]."""
+    random, now = np.random.default_rng(0), [0.0]
+    load = DecayedLoad(range(8), len(shares), 60.0, lambda: now[0])
+    for _ in range(reports):
+        now[0] += 1
+        drawn = [random.multinomial(64, shares).tolist() for _ in range(8)]
+        layers = [router_pb2.LayerCounts(layer=layer, rows=rows, reads=rows) for layer, rows in enumerate(drawn)]
+        load.add(router_pb2.ReportLoadRequest(layers=layers))
+    return load
+
+
+HALVES = {(layer, expert): ("ab"[expert // 32],) for layer in range(8) for expert in range(64)}
+PAIR = [WorkerSpec(name, 8 * 64) for name in "ab"]
+
+
+@pytest.mark.parametrize("seconds", [40, 60, 90, 200])
+def test_chance_moves_nothing_and_makes_no_copies(seconds: int) -> None:
+    demand = reports(np.full(64, 1 / 64), seconds).demand()
+    assert enough(demand, 60.0)
+    exact = replace(demand, variance=None)
+    assert place(PAIR, HALVES, exact, Policy(tolerance=0.0)).loads, "taken for exact, the sample is uneven"
+    assert not place(PAIR, HALVES, demand, Policy(tolerance=0.0)).loads
+
+
+def test_what_is_more_than_chance_is_acted_on() -> None:
+    shares = 1 / np.arange(1, 65)
+    assert place(PAIR, HALVES, reports(shares / shares.sum(), 60).demand(), Policy()).loads
+
+
+def test_reports_that_disagree_are_trusted_less_than_as_many_rows_that_agree() -> None:
+    now, steady, bursts = [0.0], [25] * 4, [[100 * (e == turn) for e in range(4)] for turn in range(4)]
+    loads = [DecayedLoad([0], 4, 60.0, lambda: now[0]) for _ in range(2)]
+    for turn in range(40):
+        now[0] += 1
+        loads[0].add(counts(steady))
+        loads[1].add(counts(bursts[turn % 4]))
+    calm, moody = (load.demand() for load in loads)
+    assert moody.rows == pytest.approx(calm.rows, rel=0.1)
+    assert (moody.uncertainty() > 10 * calm.uncertainty()).all()
+
+
+def test_a_busiest_worker_with_little_more_is_left_alone() -> None:
+    rows = np.where(np.arange(64) < 32, 104.0, 100.0)
+    demand = Demand(tuple(range(8)), np.tile(rows, (8, 1)), np.zeros((8, 64)))
+    assert not place(PAIR, HALVES, demand, Policy(move_cost=0.0)).loads
+    assert place(PAIR, HALVES, demand, Policy(move_cost=0.0, tolerance=0.01)).loads
 
 
 @pytest.mark.parametrize("report", [counts([1] * 3), counts([1] * 4, layer=9)])
