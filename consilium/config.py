@@ -170,6 +170,9 @@ class RouterConfig(Section):
     patience: Duration | None = Field(
         None, ge=0, description="so long after its start a router waits for workers that hold the rest; one lease"
     )
+    gateway_lease: Duration = Field(
+        60.0, gt=0, description="a gateway that is not heard of may use what it was told last for so long"
+    )
     replicas: int = Field(1, ge=1, description="copies of every expert, at least, as far as there is room")
     rebalance: Duration = Field(30.0, gt=0, description="least time between two placements for the sake of balance")
     load_half_life: Duration = Field(60.0, gt=0, description="after so long a report of load counts half")

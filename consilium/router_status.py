@@ -57,6 +57,10 @@ def summary(found: router_pb2.GetPlacementResponse) -> dict[str, Any]:
         "most_copies": counts[-1] if counts else 0,
         "balance": round(found.balance, 3) if found.balance else None,
         "workers": [_worker(each) for each in found.workers],
+        "gateways": [
+            {"id": each.gateway_id, "epoch": each.epoch, "follows": each.epoch == found.placement.epoch}
+            for each in found.gateways
+        ],
         "hottest": [
             {
                 "layer": layer,
@@ -76,6 +80,8 @@ def render(status: dict[str, Any]) -> Group:
         f"epoch {status['epoch']} · {len(status['workers'])} workers · {status['copies']} copies of "
         f"{status['experts']} experts ({status['fewest_copies']} to {status['most_copies']} each) · {balance}"
     )
+    behind = sum(not each["follows"] for each in status["gateways"])
+    head.append(f" · {len(status['gateways'])} gateways" + (f", {behind} still on an older epoch" if behind else ""))
     if status["missing_experts"]:
         head.append(f" · {status['missing_experts']} experts have no holder", style="bold red")
     workers = Table(box=box.SIMPLE_HEAD)
@@ -84,7 +90,7 @@ def render(status: dict[str, Any]) -> Group:
     for heading in ("holds", "room for", "lease"):
         workers.add_column(heading, justify="right")
     for each in status["workers"]:
-        state = "leaving" if each["draining"] else "ready" if each["held"] == each["wanted"] else "loading"
+        state = _state(each)
         held = f"{each['held']} of {each['wanted']}"
         where = f"{each['device']} {each['host']}".strip()
         row = (each["id"][:8], each["address"], where, state, held, str(each["capacity"]))
@@ -95,6 +101,16 @@ def render(status: dict[str, Any]) -> Group:
     for each in status["hottest"]:
         hottest.add_row(str(each["layer"]), str(each["expert"]), f"{each['rows_per_second']:.1f}", str(each["copies"]))
     return Group(head, workers, *([hottest] if status["hottest"] else []))
+
+
+def _state(worker: dict[str, Any]) -> str:
+    if worker["draining"]:
+        return "leaving"
+    if worker["failed"]:
+        return f"{worker['failed']} could not be loaded"
+    if worker["held"] == worker["wanted"]:
+        return "ready"
+    return "loading" if worker["held"] < worker["wanted"] else "dropping"
 
 
 def _worker(each: router_pb2.WorkerState) -> dict[str, Any]:
@@ -109,6 +125,7 @@ def _worker(each: router_pb2.WorkerState) -> dict[str, Any]:
         "wanted": each.wanted,
         "capacity": each.worker.capacity,
         "draining": each.draining,
+        "failed": each.failed,
         "lease_seconds": each.lease_left_ms / 1e3,
         "row_us": each.worker.row_ns / 1e3,
         "read_us": each.worker.read_ns / 1e3,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import groupby
+
 from consilium.checkpoint import Checkpoint
 from consilium.experts import Arithmetic
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
+from protos.router.v1 import router_pb2
 
 Expert = tuple[int, int]  # layer, expert
 
@@ -46,6 +50,14 @@ class Holdings:
         del self._description.layers[:]
         self._description.layers.extend(layers)
         return layers
+
+
+def expert_sets(experts: Iterable[Expert]) -> list[router_pb2.ExpertSet]:
+    """One message for each layer, ascending."""
+    return [
+        router_pb2.ExpertSet(layer=layer, experts=[expert for _, expert in group])
+        for layer, group in groupby(sorted(experts), key=lambda each: each[0])
+    ]
 
 
 def describe_store(store: ExpertStore) -> list[expert_pb2.LayerExperts]:

@@ -18,7 +18,7 @@ from consilium.config import RouterConfig
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.rpc import from_rpc_error, router_channel_options
 from consilium.tokens import read_token, token_metadata
-from expert_service.holdings import Expert, Holdings
+from expert_service.holdings import Expert, Holdings, expert_sets
 from protos.router.v1 import router_pb2, router_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Registration:
         self._worker, self._holdings = worker, holdings
         self._wanted: frozenset[Expert] | None = None  # None until the router has said something
         self._failed: set[Expert] = set()
-        self._told = -1  # the version of the holdings that the router knows
+        self._told = (-1, 0)  # the version of the holdings that the router knows, and how many it knows to have failed
         self._interval = RETRY_SECONDS
         self._news, self._orders = asyncio.Event(), asyncio.Event()
 
@@ -89,7 +89,10 @@ class Registration:
                         return
                     last_copies = answer.last_copies
                     await asyncio.sleep(DRAIN_POLL_SECONDS)
-        logger.warning("leaving with %d experts that nobody else holds: there was no room, or no time", last_copies)
+        if last_copies:
+            logger.warning("leaving with %d experts that nobody else holds: there was no room, or no time", last_copies)
+        else:
+            logger.warning("leaving although some gateway has not said that it asks others instead")
 
     @property
     def _registered(self) -> bool:
@@ -113,8 +116,8 @@ class Registration:
                 await asyncio.wait_for(stopping.wait(), RETRY_SECONDS)
 
     async def _register(self) -> None:
-        version, held = self._holdings.version, self._holdings.describe()
-        request = router_pb2.RegisterRequest(worker=self._worker, held=held)
+        version, held = self._version, self._holdings.describe()
+        request = router_pb2.RegisterRequest(worker=self._worker, held=held, failed=expert_sets(self._failed))
         answer = await self._stub.Register(request, timeout=RPC_SECONDS, metadata=self._metadata)
         self._take(answer.orders, version)
         logger.info("registered with the router at %s", self._target)
@@ -137,9 +140,9 @@ class Registration:
                 await asyncio.sleep(min(RETRY_SECONDS, self._interval))
 
     async def _heartbeat(self) -> None:
-        version, held = self._holdings.version, None
+        version, held = self._version, None
         if version != self._told:
-            held = router_pb2.Held(layers=self._holdings.describe())
+            held = router_pb2.Held(layers=self._holdings.describe(), failed=expert_sets(self._failed))
         request = router_pb2.HeartbeatRequest(worker_id=self._worker.description.worker_id, held=held)
         try:
             answer = await self._stub.Heartbeat(request, timeout=RPC_SECONDS, metadata=self._metadata)
@@ -150,7 +153,11 @@ class Registration:
         else:
             self._take(answer.orders, version)
 
-    def _take(self, orders: router_pb2.Orders, version: int) -> None:
+    @property
+    def _version(self) -> tuple[int, int]:
+        return self._holdings.version, len(self._failed)
+
+    def _take(self, orders: router_pb2.Orders, version: tuple[int, int]) -> None:
         self._told, self._interval = version, orders.interval_ms / 1e3
         self._wanted = frozenset((each.layer, expert) for each in orders.wanted for expert in each.experts)
         self._orders.set()
@@ -171,7 +178,7 @@ class Registration:
                 if loop.time() - reported > REPORT_SECONDS:
                     self._news.set()
                     reported = loop.time()
-            if self._holdings.version != self._told:
+            if self._version != self._told:
                 self._news.set()
 
     def _next(self) -> Expert | None:

@@ -6,11 +6,11 @@ While no router can be reached the last placement stays: a router is never neede
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import grpc
 
@@ -18,6 +18,7 @@ from consilium.config import RouterConfig
 from consilium.content_hash import HASH_BYTES
 from consilium.rpc import from_rpc_error, router_channel_options
 from consilium.tokens import read_token, token_metadata
+from gateway.epochs import PlacedWorker, RouterView
 from gateway.expert_meter import ExpertCounts
 from protos.router.v1 import router_pb2, router_pb2_grpc
 
@@ -25,24 +26,8 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
 REPORT_SECONDS = 5.0  # most that a report may take; nobody waits
-
-Expert = tuple[int, int]  # layer, expert
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedWorker:
-    """What gateways may ask one worker for, with the content hash of each expert."""
-
-    group: str
-    experts: Mapping[Expert, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class RouterView:
-    """One epoch of the router's."""
-
-    epoch: int
-    workers: Mapping[str, PlacedWorker]  # by address
+ACKNOWLEDGE_SECONDS = 5.0  # between two times that the router hears which epoch is used
+GOODBYE_SECONDS = 1.0
 
 
 class RouterLink:
@@ -56,16 +41,25 @@ class RouterLink:
         self._metadata = token_metadata(None if file is None else read_token(file, "router.gateway_token_file"))
         self._gateway_id = uuid.uuid4().hex
         self._counts: asyncio.Queue[ExpertCounts] = asyncio.Queue()
+        self._used, self._moved = 0, asyncio.Event()
 
     def report(self, counts: ExpertCounts) -> None:
         """Tell the router when it can be reached."""
         self._counts.put_nowait(counts)
 
+    def acknowledge(self, epoch: int) -> None:
+        """This gateway uses ``epoch``, and nothing older."""
+        self._used = epoch
+        self._moved.set()
+
     async def run(self) -> None:
         """Watch and report until cancelled."""
         async with grpc.aio.insecure_channel(self._target, options=router_channel_options()) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)
-            await asyncio.gather(self._watch(stub), self._report(stub))
+            try:
+                await asyncio.gather(self._watch(stub), self._report(stub), self._acknowledge(stub))
+            finally:
+                await self._tell(stub, leaving=True, seconds=GOODBYE_SECONDS)
 
     async def _watch(self, stub: router_pb2_grpc.RouterServiceAsyncStub) -> None:
         epoch, reported = 0, ""
@@ -81,6 +75,22 @@ class RouterLink:
                     log.warning("router %s: %s; the placement stays as it is", self._target, message)
                 reported = message
             await asyncio.sleep(RETRY_SECONDS)
+
+    async def _acknowledge(self, stub: router_pb2_grpc.RouterServiceAsyncStub) -> None:
+        while True:
+            self._moved.clear()
+            await self._tell(stub)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._moved.wait(), ACKNOWLEDGE_SECONDS)
+
+    async def _tell(
+        self, stub: router_pb2_grpc.RouterServiceAsyncStub, *, leaving: bool = False, seconds: float = REPORT_SECONDS
+    ) -> None:
+        request = router_pb2.AcknowledgeRequest(gateway_id=self._gateway_id, epoch=self._used, leaving=leaving)
+        try:
+            await stub.Acknowledge(request, timeout=seconds, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            log.debug("the router does not know which epoch is used: %s", from_rpc_error(error).message)
 
     async def _report(self, stub: router_pb2_grpc.RouterServiceAsyncStub) -> None:
         since = time.monotonic()
@@ -114,5 +124,6 @@ def read_placement(placement: router_pb2.Placement) -> RouterView:
         experts = {
             (each.layer, expert): digest(each.layer, expert) for each in worker.experts for expert in each.experts
         }
-        workers[worker.address] = PlacedWorker(worker.group, {key: each for key, each in experts.items() if any(each)})
+        known = {key: each for key, each in experts.items() if any(each)}
+        workers[worker.address] = PlacedWorker(worker.group, known, worker.row_ns, worker.read_ns)
     return RouterView(placement.epoch, workers)

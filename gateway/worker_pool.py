@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from consilium.config import ExpertGroupConfig, RouterConfig, split_endpoint
 from consilium.model_config import ModelConfig
+from gateway.epochs import Epochs, PlacedWorker, RouterView
 from gateway.mailbox import Mailbox
 from gateway.messages import WorkerStatus
 from gateway.placement import ExpertIdentity, Placement, build_placement
-from gateway.router_link import PlacedWorker, RouterLink, RouterView
+from gateway.router_link import RouterLink
 from gateway.worker_connection import REFUSED, Expectations, WorkerConnection
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class WorkerPool:
         self._unresolved: dict[str, WorkerStatus] = {}
         self.router = None if router is None else RouterLink(router, self._follow)
         self._closing: set[asyncio.Future[None]] = set()
-        self._placed: Mapping[str, PlacedWorker] = {}  # what the router says, by address
+        self._epochs = Epochs()  # what the router says
 
     async def run(self) -> None:
         """Follow the endpoints until cancelled, then close every connection."""
@@ -93,16 +94,21 @@ class WorkerPool:
 
     def _follow(self, view: RouterView) -> None:
         """Take one epoch of the router's: connect to who is new, part with who is gone."""
-        known, self._placed = self._placed, view.workers
+        known = self._epochs.workers
+        self._epochs.take(view)
         for address in sorted(view.workers.keys() - known.keys()):
             group = view.workers[address].group
             limits = self._groups.get(group, ExpertGroupConfig(endpoint=f"grpc://{address}"))
             self._open(group, limits, ROUTER, address)
-        for address in known.keys() - view.workers.keys():
+        self._part(known)
+        self._publish()
+
+    def _part(self, known: Mapping[str, PlacedWorker]) -> None:
+        """Close connections to those of ``known`` that the router does not name any more."""
+        for address in known.keys() - self._epochs.workers.keys():
             closing = asyncio.ensure_future(self._close(ROUTER, address))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        self._publish()
 
     @staticmethod
     async def _resolve(host: str, port: int) -> set[str]:
@@ -140,8 +146,9 @@ class WorkerPool:
         classes: dict[tuple[int, int], set[str]] = {}
         held: dict[str, list[tuple[int, int]]] = {}
         details = {address: each.detail for address, each in self._connections.items()}
+        placed = None if self.router is None else self._epochs.held(usable)
         for address, connection in list(usable.items()):
-            experts = self._held(address, connection)
+            experts = self._known(_described(connection) if placed is None else placed.get(address, {}))
             odd = next((each for each, digest in experts.items() if hashes.get(each, digest) != digest), None)
             if odd is not None:
                 details[address] = f"{REFUSED}its weights of expert {odd[1]} of layer {odd[0]} differ from a replica's"
@@ -161,13 +168,18 @@ class WorkerPool:
             expert: ExpertIdentity(hashes[expert], *found) for expert, found in classes.items() if len(found) == 1
         }
         self._mailbox.post(View(build_placement(held), usable, statuses + list(self._unresolved.values()), identities))
+        self._acknowledge(usable)
 
-    def _held(self, address: str, connection: WorkerConnection) -> dict[tuple[int, int], bytes]:
-        """What it may be asked for, with content hashes; experts that the model does not have are left out."""
-        if self.router is None:
-            experts: Mapping[tuple[int, int], bytes] = _described(connection)
-        else:
-            experts = self._placed[address].experts if address in self._placed else {}
+    def _acknowledge(self, usable: Collection[str]) -> None:
+        """Once everybody whom the router names is connected, and the engine knows, what was before is not needed."""
+        known = self._epochs.workers
+        epoch = self._epochs.reach(usable)
+        if self.router is not None and epoch is not None:
+            self._part(known)
+            self.router.acknowledge(epoch)
+
+    def _known(self, experts: Mapping[tuple[int, int], bytes]) -> dict[tuple[int, int], bytes]:
+        """Without experts that the model does not have."""
         layers, count = self._model.num_layers, self._model.num_experts
         return {
             (each, number): digest for (each, number), digest in experts.items() if each < layers and number < count

@@ -16,7 +16,7 @@ from consilium.config import RouterConfig
 from consilium.errors import NotReady
 from protos.router.v1 import router_pb2
 from router_service.deployment import Deployment
-from router_service.holdings import Records, held_by, holders_of, spec_of
+from router_service.holdings import Expert, Records, held_by, holders_of, pairs_of, spec_of
 from router_service.load import enough, total
 from router_service.placement import Demand, Policy, place
 from router_service.placement.plan import Holders
@@ -49,7 +49,8 @@ class Controller:
         self._changed, self._poked = asyncio.Event(), asyncio.Event()
         self._transition = Transition(deployment.layers, deployment.experts)
         self._target: Holders | None = None
-        self._members: frozenset[tuple[str, bool]] = frozenset()
+        self._members: frozenset[tuple[str, bool, frozenset[Expert]]] = frozenset()
+        self._loads: list[bytes] = []
         self._records: dict[str, router_pb2.WorkerRecord] = {}
         self._generation = ""
         self._unknown_until = 0.0  # those that are missing from the store are presumed alive until then
@@ -102,7 +103,8 @@ class Controller:
         before.CopyFrom(self.state)
         if not before.placement.epoch:  # greater than any of a router that was here before, without asking anybody
             before.placement.epoch = int(time.time() * 1000)
-        state = self._transition.step(before, records, self._target, self._clock())
+        used = (await self._store.gateways()).values()
+        state = self._transition.step(before, records, self._target, self._clock(), used)
         if state == self.state:
             return
         if await self._store.write_state(state, 0 if stored is None else stored.placement.epoch):
@@ -154,11 +156,12 @@ class Controller:
     async def _aim(self, records: Records) -> None:
         """Make a new target where workers have come, gone or want to leave, or the load is another one."""
         now = self._clock()
-        demand = total(self._deployment.layers, self._deployment.experts, await self._store.loads())
+        loads = await self._store.loads()
+        demand = total(self._deployment.layers, self._deployment.experts, loads)
         known = enough(demand, self._config.load_half_life)
-        if known:
-            self.demand = demand
-        members = frozenset((name, record.draining) for name, record in records.items())
+        if known and loads != self._loads:  # what is computed from it stays as long as it does
+            self.demand, self._loads = demand, loads
+        members = frozenset((name, each.draining, pairs_of(each.failed)) for name, each in records.items())
         changed = self._target is None or members != self._members
         due = known and now - self._rebalanced >= self._config.rebalance and self._settled(records)
         if not changed and not due:
@@ -178,8 +181,14 @@ class Controller:
         before = self._target or {}
         placed = {name for names in before.values() for name in names}
         brought = holders_of({name: each for name, each in held_by(records).items() if name not in placed})
+        failed = {each.name: each.failed for each in specs}
         held = {
-            expert: (*before.get(expert, ()), *brought.get(expert, ())) for expert in before.keys() | brought.keys()
+            expert: tuple(
+                name
+                for name in (*before.get(expert, ()), *brought.get(expert, ()))
+                if expert not in failed.get(name, ())
+            )
+            for expert in before.keys() | brought.keys()
         }
         plan = place(specs, held, demand, self._policy)
         logger.log(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from protos.expert.v1 import expert_pb2
 from protos.router.v1 import router_pb2
-from router_service.placement import WorkerSpec
+from router_service.placement import Demand, WorkerSpec, levels
 
 Expert = tuple[int, int]  # layer, expert
 Held = Mapping[str, frozenset[Expert]]  # by worker
@@ -67,6 +69,7 @@ def spec_of(name: str, record: router_pb2.WorkerRecord) -> WorkerSpec:
         worker.host,
         worker.description.device,
         record.draining,
+        pairs_of(record.failed),
     )
 
 
@@ -78,9 +81,24 @@ def placed_workers(records: Records, held: Mapping[str, Iterable[Expert]]) -> li
             address=record.worker.address,
             group=record.worker.description.group,
             experts=expert_sets(held.get(name, ())),
+            row_ns=record.worker.row_ns,
+            read_ns=record.worker.read_ns,
         )
         for name, record in sorted(records.items())
     ]
+
+
+def balance_of(state: router_pb2.RouterState, records: Records, demand: Demand) -> float:
+    """Busiest over mean in the worst layer; 0 while nothing is known of the load, or nobody is there."""
+    specs = [spec_of(name, record) for name, record in sorted(records.items())]
+    if not specs or not demand.rows.any():
+        return 0.0
+    holders: dict[Expert, tuple[str, ...]] = {}
+    for each in state.placement.workers:
+        for expert in pairs_of(each.experts):
+            holders[expert] = (*holders.get(expert, ()), each.worker_id)
+    busy, mean = levels(specs, holders, demand)
+    return float((busy.max(axis=1) / np.maximum(mean, 1e-30)).max())
 
 
 def layer_hashes(records: Records, layers: Sequence[int], experts: int) -> list[router_pb2.LayerHashes]:

@@ -89,6 +89,13 @@ class RedisStore:
     async def loads(self) -> list[bytes]:
         return list((await self._all("load:")).values())
 
+    async def put_gateway(self, gateway_id: str, epoch: int, seconds: float) -> None:
+        await _ask(self._redis.set(f"{self._prefix}gateway:{gateway_id}", epoch, px=_milliseconds(seconds)))
+
+    async def gateways(self) -> dict[str, int]:
+        found = await self._all("gateway:")
+        return {name: int(epoch) for name, epoch in found.items() if epoch.isdigit()}
+
     async def lead(self, seconds: float) -> bool:
         keys = [f"{self._prefix}leader", f"{self._prefix}fence"]
         self._lock = await _ask(self._lead(keys=keys, args=[self._identity, _milliseconds(seconds)]))

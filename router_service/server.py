@@ -32,6 +32,7 @@ ALLOWED: dict[str, Roles] = {
     "Heartbeat": frozenset({WORKER}),
     "Drain": frozenset({WORKER}),
     "WatchPlacement": frozenset({GATEWAY}),
+    "Acknowledge": frozenset({GATEWAY}),
     "ReportLoad": frozenset({GATEWAY}),
     "GetPlacement": frozenset({WORKER, GATEWAY}),
 }

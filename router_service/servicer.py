@@ -4,25 +4,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-import numpy as np
 
 from consilium.config import RouterConfig
-from consilium.errors import UnknownModel
+from consilium.errors import InvalidRequest, UnknownModel
 from protos.router.v1 import router_pb2, router_pb2_grpc
 from router_service.controller import Controller
 from router_service.deployment import Deployment
-from router_service.holdings import expert_sets, pairs_of, spec_of
+from router_service.holdings import balance_of, expert_sets, pairs_of
 from router_service.load import DecayedLoad, pack
-from router_service.placement import levels
+from router_service.placement import Demand
 from router_service.store import Store
 
 HEARTBEATS_PER_LEASE = 5
 LOAD_HALF_LIVES = 8  # after so many nothing of a load is left to speak of
+GONE_SECONDS = 0.001  # for which a gateway that goes is remembered
+_GATEWAY_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -37,9 +40,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._deployment, self._config, self._store, self._controller = deployment, config, store, controller
         self._load = DecayedLoad(deployment.layers, deployment.experts, config.load_half_life)
         self._router_id = uuid.uuid4().hex
+        self._balance: tuple[router_pb2.RouterState, Demand, float] | None = None
 
     async def Register(self, request: router_pb2.RegisterRequest, context: Context) -> router_pb2.RegisterResponse:
-        record = router_pb2.WorkerRecord(worker=request.worker, held=request.held)
+        record = router_pb2.WorkerRecord(worker=request.worker, held=request.held, failed=request.failed)
         worker_id = record.worker.description.worker_id
         others = await self._store.workers()
         for name, other in list(others.items()):
@@ -61,6 +65,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             self._deployment.check_held(request.held.layers, others)
             del record.held[:]
             record.held.extend(request.held.layers)
+            del record.failed[:]
+            record.failed.extend(request.held.failed)
             await self._store.put_worker(record, self._config.lease)
             self._controller.poke()
         return router_pb2.HeartbeatResponse(orders=self._orders(record))
@@ -74,13 +80,24 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             record.draining = True
             await self._store.put_worker(record, self._config.lease)
             self._controller.poke()
-        placed = self._controller.state.placement.workers
-        mine = next((pairs_of(each.experts) for each in placed if each.worker_id == request.worker_id), frozenset())
-        if not mine or all(each.draining for each in workers.values()):  # or the whole deployment stops
+        state = self._controller.state
+        # What gateways may ask it for, or might still do because they have not heard that they shall not.
+        needed = next((pairs_of(each.experts) for each in state.wanted if each.worker_id == request.worker_id), None)
+        if not needed or all(each.draining for each in workers.values()):  # or the whole deployment stops
             await self._store.remove_worker(request.worker_id)
             return router_pb2.DrainResponse(done=True)
+        placed = state.placement.workers
         elsewhere = [pairs_of(each.experts) for each in placed if each.worker_id != request.worker_id]
-        return router_pb2.DrainResponse(done=False, last_copies=len(mine.difference(*elsewhere)))
+        return router_pb2.DrainResponse(done=False, last_copies=len(needed.difference(*elsewhere)))
+
+    async def Acknowledge(
+        self, request: router_pb2.AcknowledgeRequest, context: Context
+    ) -> router_pb2.AcknowledgeResponse:
+        if not _GATEWAY_ID.fullmatch(request.gateway_id):
+            raise InvalidRequest("a gateway must name itself with 1 to 64 letters and digits")
+        seconds = GONE_SECONDS if request.leaving else self._config.gateway_lease
+        await self._store.put_gateway(request.gateway_id, request.epoch, seconds)
+        return router_pb2.AcknowledgeResponse()
 
     async def ReportLoad(
         self, request: router_pb2.ReportLoadRequest, context: Context
@@ -109,6 +126,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 wanted=wanted.get(name, 0),
                 lease_left_ms=int(1e3 * await self._store.lease_left(name)),
                 draining=record.draining,
+                failed=len(pairs_of(record.failed)),
             )
             for name, record in sorted(workers.items())
         ]
@@ -122,20 +140,21 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ],
             leader=self._controller.leads,
             missing=self._controller.missing,
-            balance=self._balance(workers),
+            balance=await self.balance(),
+            gateways=[
+                router_pb2.GatewayState(gateway_id=name, epoch=epoch)
+                for name, epoch in sorted((await self._store.gateways()).items())
+            ],
         )
 
-    def _balance(self, workers: dict[str, router_pb2.WorkerRecord]) -> float:
-        """Busiest over mean in the worst layer; 0 while nothing is known of the load."""
-        specs = [spec_of(name, record) for name, record in sorted(workers.items())]
-        if not specs or not self._controller.demand.rows.any():
-            return 0.0
-        holders: dict[tuple[int, int], tuple[str, ...]] = {}
-        for each in self._controller.state.placement.workers:
-            for expert in pairs_of(each.experts):
-                holders[expert] = (*holders.get(expert, ()), each.worker_id)
-        busy, mean = levels(specs, holders, self._controller.demand)
-        return float((busy.max(axis=1) / np.maximum(mean, 1e-30)).max())
+    async def balance(self) -> float:
+        """Busiest over mean in the worst layer; 0 while nothing is known of the load. Computed once for each."""
+        state, demand = self._controller.state, self._controller.demand
+        known = self._balance
+        if known is None or known[0] is not state or known[1] is not demand:
+            workers = await self._store.workers()
+            known = self._balance = state, demand, await asyncio.to_thread(balance_of, state, workers, demand)
+        return known[2]
 
     def _orders(self, record: router_pb2.WorkerRecord) -> router_pb2.Orders:
         """What the worker shall hold; what it holds already, until that is decided."""

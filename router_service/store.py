@@ -41,6 +41,13 @@ class Store(Protocol):
         """What all routers have heard."""
         ...
 
+    async def put_gateway(self, gateway_id: str, epoch: int, seconds: float) -> None:
+        """Keep which epoch a gateway uses for ``seconds``; it is gone at once where that is 0."""
+
+    async def gateways(self) -> dict[str, int]:
+        """The epoch of every gateway that was heard of."""
+        ...
+
     async def lead(self, seconds: float) -> bool:
         """Whether this router leads for the next ``seconds``; it does once nobody else does."""
         ...
@@ -68,6 +75,7 @@ class MemoryStore:
         self._generation = uuid.uuid4().hex
         self._workers: dict[str, tuple[router_pb2.WorkerRecord, float]] = {}  # with the end of its lease
         self._loads: dict[str, tuple[bytes, float]] = {}
+        self._gateways: dict[str, tuple[int, float]] = {}  # epoch, with the time until which that is known
         self._state: router_pb2.RouterState | None = None
 
     async def put_worker(self, record: router_pb2.WorkerRecord, lease: float) -> None:
@@ -97,6 +105,14 @@ class MemoryStore:
     async def loads(self) -> list[bytes]:
         now = self._clock()
         return [load for load, ends in self._loads.values() if ends > now]
+
+    async def put_gateway(self, gateway_id: str, epoch: int, seconds: float) -> None:
+        self._gateways[gateway_id] = epoch, self._clock() + seconds
+
+    async def gateways(self) -> dict[str, int]:
+        now = self._clock()
+        self._gateways = {name: each for name, each in self._gateways.items() if each[1] > now}
+        return {name: epoch for name, (epoch, _) in self._gateways.items()}
 
     async def lead(self, seconds: float) -> bool:  # noqa: ARG002 (the protocol's; there is nobody else)
         return True

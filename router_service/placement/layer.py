@@ -20,14 +20,23 @@ class Layer:
     """A placement that is being made. What workers have room for and must not hold together is looked at here alone."""
 
     def __init__(
-        self, cost: Floats, held: Bools, limit: Ints, near: Bools, homes: Bools, doubt: Floats | None = None
+        self,
+        cost: Floats,
+        held: Bools,
+        limit: Ints,
+        near: Bools,
+        homes: Bools,
+        doubt: Floats | None = None,
+        able: Bools | None = None,
     ) -> None:
         """``cost`` [E, W], above 0: load of each expert if that worker had it alone.
 
         ``held`` [E, W] is changed in place. ``limit`` [W]: most experts of this layer. ``near`` [W, W]: pairs that must
         not both hold one expert, each worker with itself among them. ``homes`` [E, W]: where an expert may go.
         ``doubt`` [E]: variance of what is known of each expert's load, as part of its square; 0 by default.
+        ``able`` [E, W]: where an expert could be at all, if need be; everywhere by default.
         """
+        self.able = np.ones_like(held) if able is None else able
         self.cost, self.held, self.limit, self.near, self.homes = cost, held, limit, near, homes
         self._doubt = np.zeros(len(cost)) if doubt is None else doubt
         self._near, self._alone = near.astype(np.float32), int(near.sum()) == len(near)

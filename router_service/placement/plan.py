@@ -36,6 +36,7 @@ class WorkerSpec:
     host: str = ""  # no two workers of one host get the same expert; empty: not known, and no rule
     device: str = "cpu"
     leaving: bool = False  # holds experts as long as nobody else does, and gets none
+    failed: frozenset[Expert] = frozenset()  # could not be loaded there
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +118,18 @@ def _place(workers: Sequence[WorkerSpec], held: Bools, demand: Demand, policy: P
     """Who shall hold what [L, E, W]; every one of ``workers`` stays."""
     capacity = np.array([each.capacity for each in workers])
     quota = _quotas(capacity, *held.shape[:2])  # [L, W]
-    near, cost = _near(workers), demand.cost(workers)
+    near, cost, able = _near(workers), demand.cost(workers), ~_failed_matrix(workers, demand)
     hosts = [each.host for each in workers]
     known = demand.rows > 0
     doubt = np.divide(np.sqrt(demand.uncertainty()), demand.rows, out=np.zeros_like(demand.rows), where=known) ** 2
     layers = [
         Layer(
-            *(each, mine.copy(), room, near),
-            homes=find_homes(each, hosts, room, policy.gate_groups, policy.replicas),
+            *(each, mine & may, room, near),
+            homes=find_homes(each, hosts, room, policy.gate_groups, policy.replicas) & may,
             doubt=unsure,
+            able=may,
         )
-        for each, mine, room, unsure in zip(cost, held, quota, doubt, strict=True)
+        for each, mine, room, unsure, may in zip(cost, held, quota, doubt, able, strict=True)
     ]
     for layer in layers:
         strip(layer, policy.replicas)
@@ -163,6 +165,15 @@ def _near(workers: Sequence[WorkerSpec]) -> Bools:
     hosts = np.array([each.host or f"\0{index}" for index, each in enumerate(workers)])
     near: Bools = hosts[:, None] == hosts
     return near
+
+
+def _failed_matrix(workers: Sequence[WorkerSpec], demand: Demand) -> Bools:
+    """[L, E, W] bool."""
+    failed: dict[Expert, tuple[str, ...]] = {}
+    for each in workers:
+        for expert in each.failed:
+            failed[expert] = (*failed.get(expert, ()), each.name)
+    return _held_matrix(failed, demand, workers)
 
 
 def _held_matrix(held: Holders, demand: Demand, workers: Sequence[WorkerSpec]) -> Bools:

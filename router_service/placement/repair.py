@@ -65,8 +65,9 @@ def _give(layer: Layer, expert: int, replicas: int) -> bool:
     if _spread(layer, expert):
         return True
     free = layer.room > 0
-    if not layer.copies[expert] and free.any():  # its home is full: better elsewhere than nowhere
-        layer.add(expert, _lowest(layer, expert, free))
+    elsewhere = free & layer.able[expert]
+    if not layer.copies[expert] and elsewhere.any():  # its home is full: better elsewhere than nowhere
+        layer.add(expert, _lowest(layer, expert, elsewhere))
         return True
     return _evict(layer, expert, replicas) or _displace(layer, expert, free)
 

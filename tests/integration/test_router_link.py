@@ -44,6 +44,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
         self.placements: asyncio.Queue[router_pb2.Placement | None] = asyncio.Queue()
         self.known: asyncio.Queue[int] = asyncio.Queue()  # the epoch that each caller says it has
         self.reports: asyncio.Queue[router_pb2.ReportLoadRequest] = asyncio.Queue()
+        self.acknowledged: asyncio.Queue[router_pb2.AcknowledgeRequest] = asyncio.Queue()
 
     async def WatchPlacement(
         self, request: router_pb2.WatchPlacementRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -52,6 +53,17 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
         while (placement := await self.placements.get()) is not None:
             yield router_pb2.WatchPlacementResponse(placement=placement)
         await context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
+
+    async def Acknowledge(
+        self, request: router_pb2.AcknowledgeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> router_pb2.AcknowledgeResponse:
+        self.acknowledged.put_nowait(request)
+        return router_pb2.AcknowledgeResponse()
+
+    async def until_used(self, epoch: int) -> None:
+        """Return when the gateway says that it uses this one."""
+        while (await asyncio.wait_for(self.acknowledged.get(), SECONDS)).epoch != epoch:
+            pass
 
     async def ReportLoad(
         self, request: router_pb2.ReportLoadRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -111,6 +123,23 @@ async def test_a_gateway_asks_whom_the_router_names_for_what_it_names() -> None:
         await second.receive_call()
         router.place(3, {second: [0, 1, 2, 3]})
         await gateway.until(connected(second))
+
+
+async def test_a_placement_is_used_once_all_its_workers_are_reached_and_what_was_before_until_then() -> None:
+    async with serving(describe(), describe()) as (first, second), routed() as (router, gateway, _):
+        router.place(1, {first: [0, 1, 2, 3]})
+        await router.until_used(1)
+        second.answers.clear()  # it does not answer Describe yet
+        router.place(2, {second: [0, 1, 2, 3]})
+        await asyncio.wait_for(second.asked.get(), SECONDS)
+        view = await gateway.until(connected(first))
+        assert view.placement.holders[0, 1] == (first.address,)
+        second.answers.set()
+        await router.until_used(2)
+        view = await gateway.until(connected(second))
+        assert view.placement.holders[0, 1] == (second.address,)
+    while not router.acknowledged.get_nowait().leaving:
+        pass
 
 
 async def test_what_was_asked_for_is_reported() -> None:

@@ -12,7 +12,7 @@ from consilium.config import RouterConfig
 from consilium.errors import NotReady
 from protos.router.v1 import router_pb2
 from router_service.controller import QUIET, Controller
-from router_service.holdings import pairs_of
+from router_service.holdings import expert_sets, pairs_of
 from router_service.load import pack
 from router_service.placement import Demand
 from router_service.store import MemoryStore
@@ -144,6 +144,46 @@ def test_a_new_worker_loads_before_gateways_are_told_and_the_old_one_drops_after
         assert gone <= world.wanted("a")  # gateways may not have heard yet
         await world.pass_time(DROP_SECONDS + 1)
         assert world.wanted("a") == set(EVERYTHING) - gone
+
+    run(body)
+
+
+def test_what_a_gateway_still_uses_is_kept_as_long_as_the_gateway_may_be_there() -> None:
+    async def body(world: World) -> None:
+        await world.join("a", EVERYTHING, capacity=4)
+        await world.controller.tick()
+        await world.store.put_gateway("cut-off", world.controller.state.placement.epoch, 60)
+        await world.join("b")
+        await world.controller.tick()
+        await world.obey()
+        gone = {each for each in EVERYTHING if "a" not in world.holders[each]}
+        assert gone
+        await world.store.put_gateway("follows", world.controller.state.placement.epoch, 600)
+        await world.pass_time(50)
+        assert world.wanted("a") == set(EVERYTHING)
+        await world.pass_time(12)
+        assert world.wanted("a") == set(EVERYTHING) - gone
+
+    run(body)
+
+
+def test_what_a_worker_cannot_load_goes_to_another_one() -> None:
+    async def body(world: World) -> None:
+        await world.join("a", LEFT)
+        await world.join("b", RIGHT)
+        await world.join("c")
+        await world.controller.tick()
+        wanted = min(world.wanted("c"))
+        broken = (await world.store.workers())["c"]
+        broken.failed.extend(expert_sets([wanted]))
+        await world.store.put_worker(broken, LEASE)
+        await world.controller.tick()
+        assert wanted not in world.wanted("c")
+        assert world.holders.keys() == set(EVERYTHING)
+        dead = "a" if "a" in world.holders[wanted] else "b"
+        await world.pass_time(LEASE + 2, dead=[dead])
+        assert wanted not in world.wanted("c")
+        assert wanted in world.wanted("ab".replace(dead, ""))
 
     run(body)
 

@@ -30,6 +30,9 @@ def situations(draw: st.DrawFn) -> tuple[list[WorkerSpec], Holders, Demand, Poli
             read_seconds=draw(st.sampled_from([1e-6, 1e-4])),
             host=draw(st.sampled_from(["", "h0", "h1"])),
             leaving=draw(st.integers(0, 5)) == 0,
+            failed=frozenset(
+                draw(st.sets(st.tuples(st.integers(0, layers - 1), st.integers(0, experts - 1)), max_size=3))
+            ),
         )
         for index in range(draw(st.integers(0, 5)))
     ]
@@ -58,7 +61,7 @@ def test_what_holds_for_every_plan(situation: tuple[list[WorkerSpec], Holders, D
         assert list(names) == sorted(set(names))  # no worker twice
         assert set(names) <= set(known)  # nobody who is gone
         fresh = [known[each] for each in names if each not in held.get(expert, ())]
-        assert not any(each.leaving for each in fresh)
+        assert not any(each.leaving or expert in each.failed for each in fresh)
         for each in fresh:  # copies held before may be too near; no new one is
             assert not each.host or [known[other].host for other in names].count(each.host) == 1
     for name, count in in_use(plan).items():
@@ -74,7 +77,7 @@ def test_what_holds_for_every_plan(situation: tuple[list[WorkerSpec], Holders, D
 @settings(max_examples=100, deadline=None)
 def test_what_there_is_room_for_is_placed(situation: tuple[list[WorkerSpec], Holders, Demand, Policy]) -> None:
     specs, held, demand, policy = situation
-    staying = [replace(each, host="") for each in specs if not each.leaving]
+    staying = [replace(each, host="", failed=frozenset()) for each in specs if not each.leaving]
     experts = demand.rows.size
     plan = place(staying, held, demand, replace(policy, replicas=1))
     assert bool(plan.missing) == (sum(min(each.capacity, experts) for each in staying) < experts)

@@ -93,21 +93,27 @@ class RegisterRequest(_message.Message):
 
     WORKER_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def worker(self) -> Global___Worker: ...
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerExperts]:
         """What it holds now, with hashes."""
 
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertSet]:
+        """What it could not load."""
+
     def __init__(
         self,
         *,
         worker: Global___Worker | None = ...,
         held: _abc.Iterable[_expert_pb2.LayerExperts] | None = ...,
+        failed: _abc.Iterable[Global___ExpertSet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "held", b"held", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -195,16 +201,22 @@ class Held(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYERS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerExperts]: ...
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertSet]:
+        """What it could not load, all of it: somebody else shall hold that."""
+
     def __init__(
         self,
         *,
         layers: _abc.Iterable[_expert_pb2.LayerExperts] | None = ...,
+        failed: _abc.Iterable[Global___ExpertSet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "layers", b"layers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -311,9 +323,14 @@ class PlacedWorker(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    ROW_NS_FIELD_NUMBER: _builtins.int
+    READ_NS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
     group: _builtins.str
+    row_ns: _builtins.int
+    """As in Worker: so gateways share rows out as the router expects them to."""
+    read_ns: _builtins.int
     @_builtins.property
     def experts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertSet]:
         """What gateways may ask it for."""
@@ -325,10 +342,12 @@ class PlacedWorker(_message.Message):
         address: _builtins.str = ...,
         group: _builtins.str = ...,
         experts: _abc.Iterable[Global___ExpertSet] | None = ...,
+        row_ns: _builtins.int = ...,
+        read_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "experts", b"experts", "group", b"group", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "experts", b"experts", "group", b"group", "read_ns", b"read_ns", "row_ns", b"row_ns", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -399,6 +418,48 @@ class WatchPlacementResponse(_message.Message):
 Global___WatchPlacementResponse: _TypeAlias = WatchPlacementResponse  # noqa: Y015
 
 @_typing.final
+class AcknowledgeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    epoch: _builtins.int
+    """The last placement of which it reaches every worker; 0 for none yet."""
+    leaving: _builtins.bool
+    """It goes, and uses none any more."""
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        leaving: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gateway_id", b"gateway_id", "leaving", b"leaving"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeRequest: _TypeAlias = AcknowledgeRequest  # noqa: Y015
+
+@_typing.final
+class AcknowledgeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgeResponse: _TypeAlias = AcknowledgeResponse  # noqa: Y015
+
+@_typing.final
 class GetPlacementRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -423,6 +484,7 @@ class GetPlacementResponse(_message.Message):
     LEADER_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
     BALANCE_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
     leader: _builtins.bool
     """Whether this router writes placements, or another one does."""
     missing: _builtins.int
@@ -435,6 +497,8 @@ class GetPlacementResponse(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerState]: ...
     @_builtins.property
     def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerLoad]: ...
+    @_builtins.property
+    def gateways(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayState]: ...
     def __init__(
         self,
         *,
@@ -444,14 +508,38 @@ class GetPlacementResponse(_message.Message):
         leader: _builtins.bool = ...,
         missing: _builtins.int = ...,
         balance: _builtins.float = ...,
+        gateways: _abc.Iterable[Global___GatewayState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "leader", b"leader", "loads", b"loads", "missing", b"missing", "placement", b"placement", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "gateways", b"gateways", "leader", b"leader", "loads", b"loads", "missing", b"missing", "placement", b"placement", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetPlacementResponse: _TypeAlias = GetPlacementResponse  # noqa: Y015
+
+@_typing.final
+class GatewayState(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    epoch: _builtins.int
+    """The placement that it uses."""
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gateway_id", b"gateway_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatewayState: _TypeAlias = GatewayState  # noqa: Y015
 
 @_typing.final
 class WorkerState(_message.Message):
@@ -462,10 +550,13 @@ class WorkerState(_message.Message):
     WANTED_FIELD_NUMBER: _builtins.int
     LEASE_LEFT_MS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     held: _builtins.int
     wanted: _builtins.int
     lease_left_ms: _builtins.int
     draining: _builtins.bool
+    failed: _builtins.int
+    """Experts that it could not load."""
     @_builtins.property
     def worker(self) -> Global___Worker: ...
     def __init__(
@@ -476,10 +567,11 @@ class WorkerState(_message.Message):
         wanted: _builtins.int = ...,
         lease_left_ms: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        failed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "held", b"held", "lease_left_ms", b"lease_left_ms", "wanted", b"wanted", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failed", b"failed", "held", b"held", "lease_left_ms", b"lease_left_ms", "wanted", b"wanted", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -594,21 +686,25 @@ class WorkerRecord(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     @_builtins.property
     def worker(self) -> Global___Worker: ...
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerExperts]: ...
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertSet]: ...
     def __init__(
         self,
         *,
         worker: Global___Worker | None = ...,
         held: _abc.Iterable[_expert_pb2.LayerExperts] | None = ...,
         draining: _builtins.bool = ...,
+        failed: _abc.Iterable[Global___ExpertSet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "held", b"held", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "failed", b"failed", "held", b"held", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

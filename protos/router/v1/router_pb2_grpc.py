@@ -56,6 +56,11 @@ class RouterServiceStub:
                 request_serializer=router_dot_v1_dot_router__pb2.WatchPlacementRequest.SerializeToString,
                 response_deserializer=router_dot_v1_dot_router__pb2.WatchPlacementResponse.FromString,
                 _registered_method=True)
+        self.Acknowledge = channel.unary_unary(
+                '/router.v1.RouterService/Acknowledge',
+                request_serializer=router_dot_v1_dot_router__pb2.AcknowledgeRequest.SerializeToString,
+                response_deserializer=router_dot_v1_dot_router__pb2.AcknowledgeResponse.FromString,
+                _registered_method=True)
         self.GetPlacement = channel.unary_unary(
                 '/router.v1.RouterService/GetPlacement',
                 request_serializer=router_dot_v1_dot_router__pb2.GetPlacementRequest.SerializeToString,
@@ -101,6 +106,13 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Acknowledge(self, request, context):
+        """A gateway says which placement it uses. What others still use is not dropped by any worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetPlacement(self, request, context):
         """The present placement, with what is known of its workers.
         """
@@ -137,6 +149,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.WatchPlacement,
                     request_deserializer=router_dot_v1_dot_router__pb2.WatchPlacementRequest.FromString,
                     response_serializer=router_dot_v1_dot_router__pb2.WatchPlacementResponse.SerializeToString,
+            ),
+            'Acknowledge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Acknowledge,
+                    request_deserializer=router_dot_v1_dot_router__pb2.AcknowledgeRequest.FromString,
+                    response_serializer=router_dot_v1_dot_router__pb2.AcknowledgeResponse.SerializeToString,
             ),
             'GetPlacement': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPlacement,
@@ -259,6 +276,33 @@ class RouterService:
             '/router.v1.RouterService/WatchPlacement',
             router_dot_v1_dot_router__pb2.WatchPlacementRequest.SerializeToString,
             router_dot_v1_dot_router__pb2.WatchPlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Acknowledge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/router.v1.RouterService/Acknowledge',
+            router_dot_v1_dot_router__pb2.AcknowledgeRequest.SerializeToString,
+            router_dot_v1_dot_router__pb2.AcknowledgeResponse.FromString,
             options,
             channel_credentials,
             insecure,

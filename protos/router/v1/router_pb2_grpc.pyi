@@ -43,6 +43,8 @@ class RouterServiceStub:
     """A worker wants to leave. It asks again until `done`, then nobody needs it any more."""
     WatchPlacement: _grpc.UnaryStreamMultiCallable[_router_pb2.WatchPlacementRequest, _router_pb2.WatchPlacementResponse]
     """Every placement from the present one on, as long as the caller listens."""
+    Acknowledge: _grpc.UnaryUnaryMultiCallable[_router_pb2.AcknowledgeRequest, _router_pb2.AcknowledgeResponse]
+    """A gateway says which placement it uses. What others still use is not dropped by any worker."""
     GetPlacement: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetPlacementRequest, _router_pb2.GetPlacementResponse]
     """The present placement, with what is known of its workers."""
     ReportLoad: _grpc.UnaryUnaryMultiCallable[_router_pb2.ReportLoadRequest, _router_pb2.ReportLoadResponse]
@@ -63,6 +65,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """A worker wants to leave. It asks again until `done`, then nobody needs it any more."""
     WatchPlacement: _aio.UnaryStreamMultiCallable[_router_pb2.WatchPlacementRequest, _router_pb2.WatchPlacementResponse]  # type: ignore[assignment]
     """Every placement from the present one on, as long as the caller listens."""
+    Acknowledge: _aio.UnaryUnaryMultiCallable[_router_pb2.AcknowledgeRequest, _router_pb2.AcknowledgeResponse]  # type: ignore[assignment]
+    """A gateway says which placement it uses. What others still use is not dropped by any worker."""
     GetPlacement: _aio.UnaryUnaryMultiCallable[_router_pb2.GetPlacementRequest, _router_pb2.GetPlacementResponse]  # type: ignore[assignment]
     """The present placement, with what is known of its workers."""
     ReportLoad: _aio.UnaryUnaryMultiCallable[_router_pb2.ReportLoadRequest, _router_pb2.ReportLoadResponse]  # type: ignore[assignment]
@@ -104,6 +108,14 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_router_pb2.WatchPlacementResponse], _abc.AsyncIterator[_router_pb2.WatchPlacementResponse]]:
         """Every placement from the present one on, as long as the caller listens."""
+
+    @_abc_1.abstractmethod
+    def Acknowledge(
+        self,
+        request: _router_pb2.AcknowledgeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.AcknowledgeResponse, _abc.Awaitable[_router_pb2.AcknowledgeResponse]]:
+        """A gateway says which placement it uses. What others still use is not dropped by any worker."""
 
     @_abc_1.abstractmethod
     def GetPlacement(
