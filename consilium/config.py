@@ -179,8 +179,6 @@ class RouterConfig(Section):
     move_cost: float = Field(0.02, ge=0, description="what moving one expert per worker must win, of the mean load")
     tolerance: float = Field(0.05, ge=0, description="a layer is left alone while its busiest has so little more")
     mixed_numerics: bool = Field(False, description="take workers that round differently from those there are")
-    worker_token_file: Path | None = Field(None, description="a secret that workers show; only they may register")
-    gateway_token_file: Path | None = Field(None, description="a secret that gateways show")
 
     @field_validator("endpoint")
     @classmethod
@@ -193,6 +191,17 @@ class RouterConfig(Section):
     @classmethod
     def _check_redis(cls, value: SecretStr | None) -> SecretStr | None:
         return check_redis_url(value)
+
+
+class TokensConfig(Section):
+    """Who is who: files with one secret each. gRPC services that listen beyond loopback ask for them."""
+
+    worker_file: Path | None = Field(None, description="a secret that workers show; only they may register")
+    gateway_file: Path | None = Field(None, description="a secret that gateways show; only they may ask for rows")
+
+    def file_of(self, role: str) -> Path | None:
+        """The file of a role."""
+        return {"worker": self.worker_file, "gateway": self.gateway_file}[role]
 
 
 class LogConfig(Section):
@@ -212,6 +221,7 @@ class Config(Section):
     worker: WorkerConfig = WorkerConfig()
     cache: CacheConfig | None = Field(None, description="absent: no expert output is kept")
     router: RouterConfig | None = Field(None, description="absent: workers hold what they are told at their start")
+    tokens: TokensConfig = TokensConfig()
     log: LogConfig = LogConfig()
 
     @property

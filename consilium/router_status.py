@@ -14,10 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from consilium.config import RouterConfig
 from consilium.errors import NotReady
 from consilium.rpc import from_rpc_error, router_channel_options
-from consilium.tokens import read_token, token_metadata
+from consilium.tokens import Metadata
 from protos.router.v1 import router_pb2, router_pb2_grpc
 
 REFRESH_SECONDS = 1.0
@@ -25,11 +24,11 @@ RPC_SECONDS = 5.0
 HOTTEST = 8
 
 
-def show(config: RouterConfig, *, as_json: bool, once: bool) -> None:
-    """Print or follow the status of the router at ``config.endpoint``. Raises ConfigError, NotReady."""
-    console, endpoint = Console(), config.endpoint or ""
+def show(endpoint: str, metadata: Metadata, *, as_json: bool, once: bool) -> None:
+    """Print or follow the status of the router at ``endpoint``; ``metadata`` says who asks. Raises NotReady."""
+    console = Console()
     with grpc.insecure_channel(endpoint.removeprefix("grpc://"), options=router_channel_options()) as channel:
-        ask = _asker(channel, config)
+        ask = _Asker(channel, metadata)
         if as_json:
             print(json.dumps(summary(ask()), indent=2))
         elif once or not console.is_terminal:
@@ -76,12 +75,12 @@ def summary(found: router_pb2.GetPlacementResponse) -> dict[str, Any]:
 def render(status: dict[str, Any]) -> Group:
     """The same for a terminal."""
     balance = "no load yet" if status["balance"] is None else f"busiest/mean {status['balance']:.2f}"
+    behind = sum(not each["follows"] for each in status["gateways"])
+    gateways = f"{len(status['gateways'])} gateways" + (f", {behind} on an older epoch" if behind else "")
     head = Text(
-        f"epoch {status['epoch']} · {len(status['workers'])} workers · {status['copies']} copies of "
+        f"epoch {status['epoch']} · {len(status['workers'])} workers · {gateways} · {status['copies']} copies of "
         f"{status['experts']} experts ({status['fewest_copies']} to {status['most_copies']} each) · {balance}"
     )
-    behind = sum(not each["follows"] for each in status["gateways"])
-    head.append(f" · {len(status['gateways'])} gateways" + (f", {behind} still on an older epoch" if behind else ""))
     if status["missing_experts"]:
         head.append(f" · {status['missing_experts']} experts have no holder", style="bold red")
     workers = Table(box=box.SIMPLE_HEAD)
@@ -133,8 +132,8 @@ def _worker(each: router_pb2.WorkerState) -> dict[str, Any]:
 
 
 class _Asker:
-    def __init__(self, channel: grpc.Channel, token: str | None) -> None:
-        self._stub, self._metadata = router_pb2_grpc.RouterServiceStub(channel), token_metadata(token)
+    def __init__(self, channel: grpc.Channel, metadata: Metadata) -> None:
+        self._stub, self._metadata = router_pb2_grpc.RouterServiceStub(channel), metadata
 
     def __call__(self) -> router_pb2.GetPlacementResponse:
         try:
@@ -142,11 +141,6 @@ class _Asker:
             return self._stub.GetPlacement(request, timeout=RPC_SECONDS, metadata=self._metadata)
         except grpc.RpcError as error:
             raise NotReady(f"the router cannot be asked: {from_rpc_error(error).message}") from None
-
-
-def _asker(channel: grpc.Channel, config: RouterConfig) -> _Asker:
-    file = config.gateway_token_file
-    return _Asker(channel, None if file is None else read_token(file, "router.gateway_token_file"))
 
 
 def _follow(console: Console, ask: _Asker) -> None:

@@ -22,7 +22,7 @@ FLAGS = {
     "layers": ("worker.layers", "layers to hold: all, or for example 0-11,13"),
     "experts": ("worker.experts", "experts to hold in each of them: all, or for example 0-3,7"),
     "join": ("router.endpoint", "grpc://HOST:PORT of a router, which says what to hold"),
-    "token-file": ("router.worker_token_file", "the secret that workers show the router"),
+    "token-file": ("tokens.worker_file", "the secret that workers show router and peers"),
     "memory": ("worker.memory", "for experts that the router gives it, for example 8GiB"),
     "speed": ("worker.speed", "against that of other workers, for the router; measured by default"),
     "node": ("worker.node", "name of this host: the router puts no two copies of an expert on one"),

@@ -14,11 +14,11 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from consilium.config import RouterConfig
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.rpc import from_rpc_error, router_channel_options
-from consilium.tokens import read_token, token_metadata
+from consilium.tokens import Metadata
 from expert_service.holdings import Expert, Holdings, expert_sets
+from expert_service.tokens import Tokens
 from protos.router.v1 import router_pb2, router_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,12 @@ _REFUSALS = (
 class Registration:
     """One worker's standing with its router."""
 
-    def __init__(self, config: RouterConfig, worker: router_pb2.Worker, holdings: Holdings) -> None:
-        """Raises ConfigError when the token cannot be read."""
-        assert config.endpoint is not None
-        self._target = config.endpoint.removeprefix("grpc://")
-        file = config.worker_token_file
-        self._metadata = token_metadata(None if file is None else read_token(file, "router.worker_token_file"))
-        self._worker, self._holdings = worker, holdings
+    def __init__(
+        self, endpoint: str, metadata: Metadata, worker: router_pb2.Worker, holdings: Holdings, tokens: Tokens
+    ) -> None:
+        """``metadata`` says who this is; ``tokens`` takes the digests of whom to answer."""
+        self._target, self._metadata = endpoint.removeprefix("grpc://"), metadata
+        self._worker, self._holdings, self._tokens = worker, holdings, tokens
         self._wanted: frozenset[Expert] | None = None  # None until the router has said something
         self._failed: set[Expert] = set()
         self._told = (-1, 0)  # the version of the holdings that the router knows, and how many it knows to have failed
@@ -119,6 +118,7 @@ class Registration:
         version, held = self._version, self._holdings.describe()
         request = router_pb2.RegisterRequest(worker=self._worker, held=held, failed=expert_sets(self._failed))
         answer = await self._stub.Register(request, timeout=RPC_SECONDS, metadata=self._metadata)
+        self._tokens.learn(answer.token_digests)
         self._take(answer.orders, version)
         logger.info("registered with the router at %s", self._target)
 

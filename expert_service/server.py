@@ -27,6 +27,7 @@ from consilium.rpc import ErrorInterceptor, server_options
 from consilium.server import advertised, catch_signals, listen
 from consilium.shared_memory import SharedMemory
 from consilium.telemetry import announce
+from consilium.tokens import WORKER, metadata_of
 from consilium.wire import WIRE_DTYPES
 from expert_service.executor import Executor
 from expert_service.frame_computer import FrameComputer
@@ -39,6 +40,7 @@ from expert_service.selection import select_experts, select_layers
 from expert_service.servicer import SERVICE, BareForward, ExpertServicer
 from expert_service.speed import measure
 from expert_service.store import ExpertStore, load_store
+from expert_service.tokens import Tokens
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.router.v1 import router_pb2
 
@@ -57,6 +59,7 @@ class Worker:
     def __init__(self, config: Config) -> None:
         """Load the weights and prove the kernels. Raises ConsiliumError that says what is wrong."""
         self.config = config
+        self.tokens = Tokens(config)
         self.max_batch = _max_batch(config)
         if config.worker.threads is not None:
             torch.set_num_threads(config.worker.threads)
@@ -97,12 +100,13 @@ class Worker:
         executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
         metrics = ServiceMetrics(description, executor, self.store)
         servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame)
-        interceptors = [ErrorInterceptor(), BareForward()]
+        interceptors = [*self.tokens.interceptors(), ErrorInterceptor(), BareForward()]
         server = grpc.aio.server(interceptors=interceptors, options=server_options(config.max_frame))
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
         status = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        if not self.tokens.asked:
+            reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = listen(server, config.host, config.port)
         scraped = None if config.metrics_port is None else metrics.serve(config.host, config.metrics_port)
         listener = None  # after all that may fail: nobody but it removes its file
@@ -152,7 +156,8 @@ class Worker:
         )
         del worker.description.layers[:]
         holdings = Holdings(self.checkpoint, self.arithmetic, self.store, description)
-        registration = Registration(self.router, worker, holdings)
+        metadata = metadata_of(self.config.tokens, WORKER)
+        registration = Registration(self.router.endpoint or "", metadata, worker, holdings, self.tokens)
         async with registration.running(stopping):
             yield registration
 

@@ -20,7 +20,7 @@ FLAGS = {
     "quantization": ("quantization", "arithmetic of the experts: int8, int8-weight-only, or none"),
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "router": ("router.endpoint", "grpc://HOST:PORT of the router that knows the workers"),
-    "token-file": ("router.gateway_token_file", "the secret that gateways show the router"),
+    "token-file": ("tokens.gateway_file", "the secret that gateways show router and workers"),
     "host": ("gateway.host", "address to listen on"),
     "port": ("gateway.port", "port to listen on; 0 lets the system choose"),
     "threads": ("gateway.threads", "compute threads of the engine; all cores by default"),

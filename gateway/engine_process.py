@@ -24,6 +24,7 @@ from consilium.errors import ConfigError, ConsiliumError
 from consilium.model_config import ModelConfig
 from consilium.models import resolve_model
 from consilium.telemetry import setup_logging
+from consilium.tokens import GATEWAY, metadata_of
 from consilium.wire import ROW_DTYPES, WIRE_DTYPES
 from gateway.arithmetic import find_arithmetic
 from gateway.dispatcher import Dispatcher
@@ -171,6 +172,7 @@ class EngineProcess:
             row_dtype=WIRE_DTYPES[ROW_DTYPES[config.reply_dtype]],
             hidden_size=checkpoint.config.hidden_size,
             local_links=config.gateway.local_links,
+            metadata=metadata_of(config.tokens, GATEWAY),
         )
         router = config.router if config.router is not None and config.router.endpoint is not None else None
         pool = WorkerPool(

@@ -15,6 +15,7 @@ from consilium.attachment import unpack
 from consilium.errors import ConsiliumError, ExpertUnavailable
 from consilium.frames import decode_result
 from consilium.rpc import from_call_error
+from consilium.tokens import Metadata
 from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
 from protos.expert.v1 import expert_pb2
@@ -33,12 +34,16 @@ class ForwardStream:
     """Opened when made; answers come in whatever order they are done."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, mailbox: Mailbox, on_unavailable: Callable[[ConsiliumError], None]
+        self,
+        channel: grpc.aio.Channel,
+        mailbox: Mailbox,
+        on_unavailable: Callable[[ConsiliumError], None],
+        metadata: Metadata = (),
     ) -> None:
-        """``on_unavailable`` is told when the worker says that it takes no more calls."""
+        """``on_unavailable`` is told when the worker says that it takes no more calls; ``metadata`` says who asks."""
         # Bytes both ways, packed and unpacked here.
         forward: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(_METHOD)
-        self._stream = forward()
+        self._stream = forward(metadata=metadata)
         self._mailbox, self._on_unavailable = mailbox, on_unavailable
         self._pending: dict[int, _Pending] = {}
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()

@@ -17,7 +17,7 @@ import grpc
 from consilium.config import RouterConfig
 from consilium.content_hash import HASH_BYTES
 from consilium.rpc import from_rpc_error, router_channel_options
-from consilium.tokens import read_token, token_metadata
+from consilium.tokens import Metadata
 from gateway.epochs import PlacedWorker, RouterView
 from gateway.expert_meter import ExpertCounts
 from protos.router.v1 import router_pb2, router_pb2_grpc
@@ -33,12 +33,11 @@ GOODBYE_SECONDS = 1.0
 class RouterLink:
     """Follows one router until cancelled."""
 
-    def __init__(self, config: RouterConfig, on_view: Callable[[RouterView], None]) -> None:
-        """``on_view`` is told of every epoch. Raises ConfigError when the token cannot be read."""
+    def __init__(self, config: RouterConfig, on_view: Callable[[RouterView], None], metadata: Metadata) -> None:
+        """``on_view`` is told of every epoch; ``metadata`` says who this is."""
         assert config.endpoint is not None
         self._target, self._on_view = config.endpoint.removeprefix("grpc://"), on_view
-        file = config.gateway_token_file
-        self._metadata = token_metadata(None if file is None else read_token(file, "router.gateway_token_file"))
+        self._metadata = metadata
         self._gateway_id = uuid.uuid4().hex
         self._counts: asyncio.Queue[ExpertCounts] = asyncio.Queue()
         self._used, self._moved = 0, asyncio.Event()

@@ -25,6 +25,7 @@ from consilium.errors import ConfigError, ConsiliumError, ExpertUnavailable
 from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
 from consilium.link_packets import RowFormat
 from consilium.rpc import channel_options, from_rpc_error
+from consilium.tokens import Metadata
 from consilium.wire import TORCH_DTYPES
 from gateway.dispatcher import Reply
 from gateway.forward_stream import ForwardStream
@@ -50,6 +51,7 @@ class Expectations:
     row_dtype: tensor_pb2.Dtype.ValueType
     hidden_size: int
     local_links: bool = True  # pass frames without gRPC where that is possible
+    metadata: Metadata = ()  # what this gateway shows with its RPCs
 
     def check(self, description: expert_pb2.DescribeResponse) -> None:
         """Raises ConfigError that says what differs and which of the two sides says what."""
@@ -170,8 +172,9 @@ class WorkerConnection:
                 second = first
             self._suspect.clear()
             self._link = await self._open_link(description)
-            self._decode = ForwardStream(first, self._mailbox, self._drained)
-            self._prefill = ForwardStream(second, self._mailbox, self._drained)
+            shown = self._expectations.metadata
+            self._decode = ForwardStream(first, self._mailbox, self._drained, shown)
+            self._prefill = ForwardStream(second, self._mailbox, self._drained, shown)
             self.description, self.detail = description, self._no_link
             self._on_change()
             tasks = [
@@ -193,7 +196,8 @@ class WorkerConnection:
 
     async def _describe(self, channel: grpc.aio.Channel) -> expert_pb2.DescribeResponse:
         stub = expert_pb2_grpc.ExpertServiceStub(channel)
-        description = await stub.Describe(expert_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT)
+        shown = self._expectations.metadata
+        description = await stub.Describe(expert_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT, metadata=shown)
         self._expectations.check(description)
         return description
 

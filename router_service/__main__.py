@@ -25,8 +25,8 @@ FLAGS = {
     "port": ("router.port", "port to listen on; 0 lets the system choose"),
     "replicas": ("router.replicas", "copies of every expert, as far as there is room"),
     "patience": ("router.patience", "so long it waits for workers that hold what is missing; one lease by default"),
-    "worker-token-file": ("router.worker_token_file", "a secret that workers show"),
-    "gateway-token-file": ("router.gateway_token_file", "a secret that gateways show"),
+    "worker-token-file": ("tokens.worker_file", "a secret that workers show"),
+    "gateway-token-file": ("tokens.gateway_file", "a secret that gateways show"),
 }
 
 

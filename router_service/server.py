@@ -9,14 +9,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from consilium.config import Config, RouterConfig
+from consilium.config import Config, RouterConfig, TokensConfig
 from consilium.errors import ConfigError
 from consilium.model_folder import read_model_folder
 from consilium.models import resolve_model
 from consilium.rpc import ErrorInterceptor, server_options
 from consilium.server import catch_signals, listen
 from consilium.telemetry import announce
-from consilium.tokens import Roles, TokenInterceptor, is_loopback, read_token
+from consilium.tokens import GATEWAY, WORKER, Roles, TokenInterceptor, is_loopback, known_tokens
 from protos.router.v1 import router_pb2, router_pb2_grpc
 from router_service.controller import Controller
 from router_service.deployment import deployment_of
@@ -25,7 +25,6 @@ from router_service.servicer import RouterServicer
 from router_service.store import MemoryStore, Store
 
 SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
-WORKER, GATEWAY = "worker", "gateway"
 # Who may call what; a method that is not named here cannot be called at all.
 ALLOWED: dict[str, Roles] = {
     "Register": frozenset({WORKER}),
@@ -45,7 +44,7 @@ class Router:
     def __init__(self, config: Config) -> None:
         """Raises ConsiliumError that says what is wrong."""
         self.config = config.router or RouterConfig()
-        self._tokens = read_tokens(self.config)
+        self._tokens = read_tokens(self.config.host, config.tokens)
         self._deployment = deployment_of(config, read_model_folder(resolve_model(config.model)))
 
     async def serve(self) -> None:
@@ -53,7 +52,7 @@ class Router:
         store = make_store(self.config, self._deployment.model_fingerprint)
         controller = Controller(self._deployment, self.config, store)
         server = grpc.aio.server(interceptors=self._interceptors(), options=server_options())
-        servicer = RouterServicer(self._deployment, self.config, store, controller)
+        servicer = RouterServicer(self._deployment, self.config, store, controller, self._tokens)
         router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
         status = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -79,23 +78,16 @@ class Router:
         return [*checks, ErrorInterceptor()]
 
 
-def read_tokens(config: RouterConfig) -> dict[str, str]:
-    """The token of each role; none on loopback without token files. Raises ConfigError."""
-    files = {WORKER: config.worker_token_file, GATEWAY: config.gateway_token_file}
-    if not any(files.values()) and is_loopback(config.host):
-        return {}
-    tokens = {}
-    for role, file in files.items():
-        key = f"router.{role}_token_file"
-        if file is None:
-            raise ConfigError(
-                f"{key}: a router that listens on {config.host} needs a secret for workers and one for gateways; name "
-                "a file that holds it, or listen on 127.0.0.1"
-            )
-        tokens[role] = read_token(file, key)
-    if len(set(tokens.values())) < len(tokens):
-        raise ConfigError("router.worker_token_file and router.gateway_token_file must hold different secrets")
-    return tokens
+def read_tokens(host: str, config: TokensConfig) -> dict[str, bytes]:
+    """The digest of each role's token; none on loopback without token files. Raises ConfigError."""
+    digests = known_tokens(config)
+    missing = [role for role in (WORKER, GATEWAY) if role not in digests]
+    if missing and (digests or not is_loopback(host)):
+        raise ConfigError(
+            f"tokens.{missing[0]}_file: a router that listens on {host} needs a secret for workers and one for "
+            "gateways; name a file that holds it, or listen on 127.0.0.1"
+        )
+    return digests
 
 
 def make_store(config: RouterConfig, model_fingerprint: str) -> Store:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import grpc
@@ -36,8 +36,17 @@ class UnknownWorker(UnknownModel):
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Answers from the store and from the state that the controller keeps."""
 
-    def __init__(self, deployment: Deployment, config: RouterConfig, store: Store, controller: Controller) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        config: RouterConfig,
+        store: Store,
+        controller: Controller,
+        tokens: Mapping[str, bytes],
+    ) -> None:
+        """``tokens`` are the digests that workers are told: of those whom they shall answer."""
         self._deployment, self._config, self._store, self._controller = deployment, config, store, controller
+        self._tokens = tokens
         self._load = DecayedLoad(deployment.layers, deployment.experts, config.load_half_life)
         self._router_id = uuid.uuid4().hex
         self._balance: tuple[router_pb2.RouterState, Demand, float] | None = None
@@ -53,7 +62,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._deployment.check(record, (other for name, other in others.items() if name != worker_id))
         await self._store.put_worker(record, self._config.lease)
         self._controller.poke()
-        return router_pb2.RegisterResponse(orders=self._orders(record))
+        return router_pb2.RegisterResponse(orders=self._orders(record), token_digests=self._tokens)
 
     async def Heartbeat(self, request: router_pb2.HeartbeatRequest, context: Context) -> router_pb2.HeartbeatResponse:
         workers = await self._store.workers()

@@ -16,6 +16,7 @@ from consilium.cli import model as model_commands
 from consilium.cli import quantize as quantize_command
 from consilium.cli import services
 from consilium.cli import status as status_command
+from consilium.cli import token as token_command
 from consilium.cli import up as up_command
 from consilium.cli import version as version_command
 from consilium.config import Quantization, RowDType
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in services.SERVICES.items():
         commands.add_parser(name, help=text, add_help=False)
     status_command.add_parser(commands)
+    token_command.add_parser(commands)
     _add_model(commands)
     quantize_command.add_parser(commands)
     _add_config(commands)

@@ -27,11 +27,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def show(options: argparse.Namespace) -> int:
     """Print or follow the status. Raises ConfigError, and NotReady when the router cannot be asked."""
-    from consilium import router_status  # brings gRPC
+    from consilium import router_status, tokens  # bring gRPC
 
-    overrides = {"router.endpoint": options.router, "router.gateway_token_file": options.token_file}
-    config = load_config(Path(options.config) if options.config else None, overrides=overrides).router
-    if config is None or config.endpoint is None:
+    overrides = {"router.endpoint": options.router, "tokens.gateway_file": options.token_file}
+    config = load_config(Path(options.config) if options.config else None, overrides=overrides)
+    if config.router is None or config.router.endpoint is None:
         raise ConfigError("router.endpoint: which router? Say grpc://HOST:PORT with --router, or name it in the file")
-    router_status.show(config, as_json=options.json, once=options.once)
+    metadata = tokens.metadata_of(config.tokens, tokens.GATEWAY)
+    router_status.show(config.router.endpoint, metadata, as_json=options.json, once=options.once)
     return 0

@@ -18,6 +18,7 @@ from consilium.config import Config, load_config, split_endpoint
 from consilium.errors import ConfigError, ConsiliumError
 from consilium.model_folder import ModelFolder, read_model_folder
 from consilium.models import resolve_model
+from consilium.tokens import GATEWAY, metadata_of
 from gateway.doctor.examine import Findings, examine
 
 MS = 1e3
@@ -28,11 +29,12 @@ def main(argv: Sequence[str]) -> int:
     """1 when a worker cannot be reached or does not fit, or when there is nothing to ask."""
     try:
         options = parse_arguments(argv)
-        config = load_config(options.config)
+        config = load_config(options.config, overrides={"tokens.gateway_file": options.token_file})
         endpoints, model = _endpoints(options, config), _model(options, config)
         with _gateway_silent(), Console(stderr=True).status("asking") as status:
             links = config.gateway.local_links and not options.grpc
-            findings = examine(endpoints, model, options.top_k, options.calls, links, status.update)
+            shown = metadata_of(config.tokens, GATEWAY)
+            findings = examine(endpoints, model, options.top_k, options.calls, links, status.update, shown)
     except ConsiliumError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -72,6 +74,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", metavar="DIR_OR_NAME", help="what they serve (the configuration's, with --config)")
     parser.add_argument("--top-k", type=_positive, metavar="K", help="experts of a token, where no model is named")
     parser.add_argument("--calls", type=_positive, default=50, metavar="N", help="small calls to each worker (50)")
+    parser.add_argument("--token-file", metavar="FILE", help="the gateways' secret, where workers ask for one")
     parser.add_argument("--grpc", action="store_true", help="over gRPC also to workers on this host")
     parser.add_argument("--json", action="store_true", help="print JSON instead")
     return parser.parse_args(argv)

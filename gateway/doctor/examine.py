@@ -10,6 +10,7 @@ from typing import Any
 from consilium.config import split_endpoint
 from consilium.errors import ConsiliumError
 from consilium.model_folder import ModelFolder
+from consilium.tokens import Metadata
 from consilium.wire import TORCH_DTYPES
 from gateway.doctor.fit import Description, find_misfits, held_experts
 from gateway.doctor.probe import Probe, describe, probe
@@ -43,14 +44,18 @@ def examine(
     calls: int,
     local_links: bool = True,
     say: Callable[[str], None] = lambda _: None,
+    metadata: Metadata = (),
 ) -> Findings:
-    """Everything about the workers at ``endpoints``; ``say`` is told what is being done. Raises no ConsiliumError."""
+    """Everything about the workers at ``endpoints``; ``say`` is told what is being done. Raises no ConsiliumError.
+
+    ``metadata`` says who asks.
+    """
     findings, workers = Findings(), dict[str, Description]()
     for endpoint in endpoints:
         try:
             for address in _resolve(endpoint):
                 say(f"asking {address}")
-                workers[address] = describe(address)
+                workers[address] = describe(address, metadata)
         except (ConsiliumError, OSError) as error:
             findings.problems[endpoint] = f"cannot be reached: {error}"
     findings.problems |= find_misfits(workers, model.fingerprint if model else None)
@@ -58,7 +63,7 @@ def examine(
     for address, each in fitting.items():
         say(f"timing {address}")
         try:
-            findings.probes[address] = probe(address, each, calls, local_links)
+            findings.probes[address] = probe(address, each, calls, local_links, metadata)
             findings.experts[address] = len(held_experts(each))
         except ConsiliumError as error:
             findings.problems[address] = f"does not answer as it should: {error}"

@@ -21,6 +21,7 @@ from consilium.config import ExpertGroupConfig
 from consilium.errors import ExpertUnavailable
 from consilium.frames import Frame
 from consilium.rpc import DEFAULT_MAX_FRAME, channel_options, from_rpc_error
+from consilium.tokens import Metadata
 from consilium.wire import TORCH_DTYPES
 from gateway.dispatcher import Reply
 from gateway.doctor.verdict import FEW, MANY, Timing
@@ -46,17 +47,17 @@ class Probe:
     local_link: bool
 
 
-def describe(address: str) -> Description:
+def describe(address: str, metadata: Metadata = ()) -> Description:
     """What the worker says of itself. Raises ConsiliumError when it cannot be asked."""
     with grpc.insecure_channel(address, options=channel_options()) as channel:
         try:
             stub = expert_pb2_grpc.ExpertServiceStub(channel)
-            return stub.Describe(expert_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT)
+            return stub.Describe(expert_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT, metadata=metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
 
 
-def probe(address: str, worker: Description, calls: int, local_links: bool = True) -> Probe:
+def probe(address: str, worker: Description, calls: int, local_links: bool = True, metadata: Metadata = ()) -> Probe:
     """Medians of ``calls`` calls without rows, of large ones without experts, and of calls of one expert.
 
     Raises ConsiliumError.
@@ -67,7 +68,7 @@ def probe(address: str, worker: Description, calls: int, local_links: bool = Tru
     layer = places[0][0]
     row_bytes = worker.hidden_size * _row_dtype(worker).itemsize
     large = _frame(worker, layer, [], -(-LARGE_BYTES // row_bytes))
-    with _connected(address, worker, local_links) as line:
+    with _connected(address, worker, local_links, metadata) as line:
         empty = line.round_trip(_frame(worker, layer, [], 0), calls)
         longer = line.round_trip(large, LARGE_CALLS)
         few, many = (
@@ -133,11 +134,13 @@ async def _await(completion: Completion[Reply]) -> Reply:
 
 
 @contextmanager
-def _connected(address: str, worker: Description, local_links: bool) -> Iterator[_Line]:
+def _connected(address: str, worker: Description, local_links: bool, metadata: Metadata) -> Iterator[_Line]:
     """The engine's connection, with its I/O thread. Raises ExpertUnavailable when it does not come about."""
     mailbox = Mailbox(lambda _: None)
     fits = Expectations(
-        worker.model_fingerprint, worker.quantization, worker.row_dtype, worker.hidden_size, local_links=local_links
+        *(worker.model_fingerprint, worker.quantization, worker.row_dtype, worker.hidden_size),
+        local_links=local_links,
+        metadata=metadata,
     )
     loop = asyncio.new_event_loop()
     group = ExpertGroupConfig(endpoint=f"grpc://{address}")

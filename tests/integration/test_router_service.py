@@ -163,7 +163,7 @@ def test_a_token_says_who_may_do_what(tiny_mixtral: Path, tmp_path: Path) -> Non
 def test_without_tokens_a_router_stays_on_loopback(tiny_mixtral: Path) -> None:
     process = launch(argv(tiny_mixtral, "--host", "0.0.0.0"))
     assert process.wait() == 1
-    assert "router.worker_token_file: a router that listens on 0.0.0.0 needs a secret" in process.log()
+    assert "tokens.worker_file: a router that listens on 0.0.0.0 needs a secret" in process.log()
 
 
 @contextmanager

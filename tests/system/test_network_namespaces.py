@@ -50,10 +50,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_mixtral(tmp_path_factory.mktemp("model"))
 
 
-def served(worker: Process, model: Path) -> tuple[dict[str, Any], list[int], str]:
+def served(worker: Process, model: Path, token: Path) -> tuple[dict[str, Any], list[int], str]:
     """What a gateway outside says of the worker, the tokens it answers with, and its log."""
     endpoint = worker.address.replace("0.0.0.0", THEIRS)
-    argv = ["gateway", "--model", str(model), "--port", "0", "--threads", "1"]
+    argv = ["gateway", "--model", str(model), "--port", "0", "--threads", "1", "--token-file", str(token)]
     with running([*argv, "--group-endpoint", f"experts={endpoint}"]) as gateway:
         wait_ready(gateway)
         tokens = complete(gateway.address, list(range(40, 70)), 8).tokens
@@ -66,12 +66,14 @@ def test_the_folder_is_the_way_where_it_is_shared_and_grpc_elsewhere(
 ) -> None:
     folder = tmp_path_factory.mktemp("s")  # a socket's path has room for 107 bytes
     config = tmp_path / "consilium.yaml"
-    config.write_text(f"worker: {{socket_folder: {folder}}}\n")
+    token = tmp_path / "token"
+    token.write_text("the-word-of-a-gateway")
+    config.write_text(f"worker: {{socket_folder: {folder}}}\ntokens: {{gateway_file: {token}}}\n")
     argv = worker_argv("all", "--model", str(model), "--host", "0.0.0.0", "--config", str(config))
     with running(argv, prefix=namespace) as worker:
-        shared, expected, _ = served(worker, model)
+        shared, expected, _ = served(worker, model, token)
     with running(argv, prefix=(*namespace, *HIDE, str(folder))) as worker:
-        hidden, tokens, log = served(worker, model)
+        hidden, tokens, log = served(worker, model, token)
     assert (shared["transport"], shared["detail"]) == ("local", "")
     assert hidden["transport"] == "grpc"
     for said in (hidden["detail"], log):

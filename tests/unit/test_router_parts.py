@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from consilium.config import Config, RouterConfig, load_config
+from consilium.config import Config, TokensConfig, load_config
 from consilium.errors import ConfigError, InvalidRequest
-from consilium.tokens import is_loopback, read_token
+from consilium.tokens import is_loopback, read_token, token_digest
+from expert_service.tokens import Tokens
 from protos.router.v1 import router_pb2
 from protos.tensor.v1 import tensor_pb2
 from router_service.load import DecayedLoad, enough, pack, total
@@ -147,19 +148,37 @@ def test_a_report_on_another_model_is_refused(report: router_pb2.ReportLoadReque
 
 
 def test_beyond_loopback_a_router_needs_tokens(tmp_path: Path) -> None:
-    assert read_tokens(RouterConfig()) == {}
-    with pytest.raises(ConfigError, match=r"router.worker_token_file.*0.0.0.0 needs a secret"):
-        read_tokens(RouterConfig(host="0.0.0.0"))
+    assert read_tokens("127.0.0.1", TokensConfig()) == {}
+    with pytest.raises(ConfigError, match=r"tokens.worker_file.*0.0.0.0 needs a secret"):
+        read_tokens("0.0.0.0", TokensConfig())
     worker_file, gateway_file = tmp_path / "worker", tmp_path / "gateway"
     worker_file.write_text(WORD + "\n")
-    with pytest.raises(ConfigError, match=r"router.gateway_token_file"):
-        read_tokens(RouterConfig(worker_token_file=worker_file))
+    with pytest.raises(ConfigError, match=r"tokens.gateway_file"):
+        read_tokens("127.0.0.1", TokensConfig(worker_file=worker_file))
     gateway_file.write_text(WORD)
-    both = RouterConfig(host="0.0.0.0", worker_token_file=worker_file, gateway_token_file=gateway_file)
+    both = TokensConfig(worker_file=worker_file, gateway_file=gateway_file)
     with pytest.raises(ConfigError, match="different secrets"):
-        read_tokens(both)
+        read_tokens("0.0.0.0", both)
     gateway_file.write_text(WORD[::-1])
-    assert read_tokens(both) == {"worker": WORD, "gateway": WORD[::-1]}
+    digests = {"worker": token_digest(WORD), "gateway": token_digest(WORD[::-1])}
+    assert read_tokens("0.0.0.0", both) == digests
+
+
+def test_beyond_loopback_a_worker_needs_to_know_whom_to_answer(tmp_path: Path) -> None:
+    def tokens(*, host: str = "0.0.0.0", **sections: object) -> Tokens:
+        return Tokens(Config.model_validate({"worker": {"host": host}, **sections}))
+
+    assert not tokens(host="127.0.0.1").asked
+    with pytest.raises(ConfigError, match=r"tokens.gateway_file: a worker that listens on 0.0.0.0 answers only to"):
+        tokens()
+    file = tmp_path / "gateway"
+    file.write_text(WORD)
+    assert tokens(tokens={"gateway_file": file}).asked
+    assert tokens(host="127.0.0.1", tokens={"gateway_file": file}).asked
+    joining = tokens(router={"endpoint": "grpc://h:1"})
+    with pytest.raises(ConfigError, match="the router asks for none"):
+        joining.learn({})
+    joining.learn({"gateway": token_digest(WORD)})
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def answer() -> router_pb2.GetPlacementResponse:
         leader=True,
         missing=1,
         balance=1.25,
+        gateways=[router_pb2.GatewayState(gateway_id=name, epoch=epoch) for name, epoch in (("g", 7), ("h", 6))],
     )
 
 
@@ -42,12 +43,12 @@ def test_the_summary() -> None:
 
 
 def test_the_table() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(render(summary(answer())))
     text = console.export_text()
     assert (
-        "epoch 7 · 2 workers · 11 copies of 7 experts (1 to 2 each) · busiest/mean 1.25 · 1 experts have no holder"
-        in text
+        "epoch 7 · 2 workers · 2 gateways, 1 on an older epoch · 11 copies of 7 experts (1 to 2 each) · "
+        "busiest/mean 1.25 · 1 experts have no holder" in text
     )
     rows = [line.split() for line in text.splitlines()]
     assert ["a", "a:1", "cpu", "ready", "7", "of", "7", "8", "9.5", "s"] in rows
@@ -55,9 +56,9 @@ def test_the_table() -> None:
 
 
 def test_before_anything_is_known() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(render(summary(router_pb2.GetPlacementResponse(missing=8))))
     assert (
-        "0 workers · 0 copies of 0 experts (0 to 0 each) · no load yet · 8 experts have no holder"
+        "0 workers · 0 gateways · 0 copies of 0 experts (0 to 0 each) · no load yet · 8 experts have no holder"
         in console.export_text()
     )
