@@ -163,6 +163,7 @@ class RouterConfig(Section):
     endpoint: str | None = Field(None, description="grpc://HOST:PORT where workers and gateways reach it")
     host: str = "127.0.0.1"
     port: int = Field(50050, ge=0, le=65535, description="0 lets the system choose")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="serves metrics on it; 0: the system's choice")
     redis: SecretStr | None = Field(
         None, description="redis://, rediss:// or unix:// URL of a Redis of its own, where several routers share state"
     )

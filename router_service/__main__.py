@@ -23,6 +23,7 @@ FLAGS = {
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "host": ("router.host", "address to listen on"),
     "port": ("router.port", "port to listen on; 0 lets the system choose"),
+    "metrics-port": ("router.metrics_port", "port to serve metrics on; 0 lets the system choose; none by default"),
     "replicas": ("router.replicas", "copies of every expert, as far as there is room"),
     "patience": ("router.patience", "so long it waits for workers that hold what is missing; one lease by default"),
     "worker-token-file": ("tokens.worker_file", "a secret that workers show"),

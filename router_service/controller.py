@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
 from consilium.config import RouterConfig
 from consilium.errors import NotReady
 from protos.router.v1 import router_pb2
 from router_service.deployment import Deployment
-from router_service.holdings import Expert, Records, held_by, holders_of, pairs_of, spec_of
+from router_service.holdings import Expert, Records, balance_of, held_by, holders_of, pairs_of, spec_of
 from router_service.load import enough, total
 from router_service.placement import Demand, Policy, place
 from router_service.placement.plan import Holders
@@ -51,7 +52,10 @@ class Controller:
         self._target: Holders | None = None
         self._members: frozenset[tuple[str, bool, frozenset[Expert]]] = frozenset()
         self._loads: list[bytes] = []
-        self._records: dict[str, router_pb2.WorkerRecord] = {}
+        self.records: Records = {}  # of those that are alive, or may be
+        self.gateways: dict[str, int] = {}  # the epoch that each of them uses
+        self.counts = Counter[str]()  # for the metrics
+        self._balance: tuple[router_pb2.RouterState, Demand, float] | None = None
         self._generation = ""
         self._unknown_until = 0.0  # those that are missing from the store are presumed alive until then
         self._looked = self._started = self._joined = self._rebalanced = clock()
@@ -71,6 +75,16 @@ class Controller:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._poked.wait(), TICK)
 
+    def balance(self) -> float:
+        """Busiest over mean in the worst layer; 0 while nothing is known of the load. Any thread may ask.
+
+        It takes a while for many experts, and is computed once for each placement and load.
+        """
+        state, demand, known = self.state, self.demand, self._balance
+        if known is None or known[0] is not state or known[1] is not demand:
+            known = self._balance = state, demand, balance_of(state, self.records, demand)
+        return known[2]
+
     def poke(self) -> None:
         """Something has changed: look at once."""
         self._poked.set()
@@ -89,7 +103,7 @@ class Controller:
         stored = await self._store.state()
         if stored is not None and stored.placement.epoch != self.state.placement.epoch:
             self._serve(stored)
-        records = await self._present()
+        records, self.gateways = await self._present(), await self._store.gateways()
         leads = await self._store.lead(LEADER_SECONDS)
         if leads != self.leads:
             logger.info("this router leads" if leads else "another router leads")
@@ -103,8 +117,7 @@ class Controller:
         before.CopyFrom(self.state)
         if not before.placement.epoch:  # greater than any of a router that was here before, without asking anybody
             before.placement.epoch = int(time.time() * 1000)
-        used = (await self._store.gateways()).values()
-        state = self._transition.step(before, records, self._target, self._clock(), used)
+        state = self._transition.step(before, records, self._target, self._clock(), self.gateways.values())
         if state == self.state:
             return
         if await self._store.write_state(state, 0 if stored is None else stored.placement.epoch):
@@ -134,12 +147,15 @@ class Controller:
             self._unknown_until = now + self._config.lease
         self._generation, self._looked = generation, now
         if now < self._unknown_until:
-            found = {**{name: each for name, each in self._records.items() if not each.draining}, **found}
-        if found.keys() - self._records.keys():
+            found = {**{name: each for name, each in self.records.items() if not each.draining}, **found}
+        if found.keys() - self.records.keys():
             self._joined = now
-        for name in self._records.keys() - found.keys():
-            logger.warning("worker %s at %s has left", name[:8], self._records[name].worker.address)
-        self._records = found
+        for name in self.records.keys() - found.keys():
+            gone = self.records[name]
+            what = "has left" if gone.draining else f"was not heard of for {self._config.lease:g} s: taken for dead"
+            logger.warning("worker %s at %s %s", name[:8], gone.worker.address, what)
+            self.counts["departures"] += 1
+        self.records = found
         return found
 
     def _may_place(self, records: Records) -> bool:
@@ -191,6 +207,7 @@ class Controller:
             for expert in before.keys() | brought.keys()
         }
         plan = place(specs, held, demand, self._policy)
+        self.counts.update(placements=1, loads=len(plan.loads), drops=len(plan.drops))
         logger.log(
             logging.INFO if plan.loads or plan.drops or plan.missing else logging.DEBUG,
             "placement of %d workers: %d copies to load, %d to drop, %d experts without room",

@@ -20,6 +20,8 @@ from consilium.tokens import GATEWAY, WORKER, Roles, TokenInterceptor, is_loopba
 from protos.router.v1 import router_pb2, router_pb2_grpc
 from router_service.controller import Controller
 from router_service.deployment import deployment_of
+from router_service.metrics import make_registry
+from router_service.metrics import serve as serve_metrics
 from router_service.redis_store import RedisStore
 from router_service.servicer import RouterServicer
 from router_service.store import MemoryStore, Store
@@ -45,7 +47,9 @@ class Router:
         """Raises ConsiliumError that says what is wrong."""
         self.config = config.router or RouterConfig()
         self._tokens = read_tokens(self.config.host, config.tokens)
-        self._deployment = deployment_of(config, read_model_folder(resolve_model(config.model)))
+        folder = resolve_model(config.model)
+        self._model = folder.name
+        self._deployment = deployment_of(config, read_model_folder(folder))
 
     async def serve(self) -> None:
         """Answer until SIGTERM or SIGINT. Raises ConfigError when the port cannot be had."""
@@ -59,11 +63,14 @@ class Router:
         if not self._tokens:
             reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         address = listen(server, self.config.host, self.config.port)
+        scraped = None
+        if self.config.metrics_port is not None:
+            scraped = serve_metrics(make_registry(controller, self._model), self.config.host, self.config.metrics_port)
         stopping = catch_signals()
         await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         leading = asyncio.ensure_future(controller.run())
-        announce(address)
+        announce(address, scraped)
         await asyncio.wait([leading, asyncio.ensure_future(stopping.wait())], return_when=asyncio.FIRST_COMPLETED)
         await status.enter_graceful_shutdown()
         await server.stop(CLOSING_SECONDS)

@@ -17,9 +17,8 @@ from consilium.errors import InvalidRequest, UnknownModel
 from protos.router.v1 import router_pb2, router_pb2_grpc
 from router_service.controller import Controller
 from router_service.deployment import Deployment
-from router_service.holdings import balance_of, expert_sets, pairs_of
+from router_service.holdings import expert_sets, pairs_of
 from router_service.load import DecayedLoad, pack
-from router_service.placement import Demand
 from router_service.store import Store
 
 HEARTBEATS_PER_LEASE = 5
@@ -49,7 +48,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._tokens = tokens
         self._load = DecayedLoad(deployment.layers, deployment.experts, config.load_half_life)
         self._router_id = uuid.uuid4().hex
-        self._balance: tuple[router_pb2.RouterState, Demand, float] | None = None
 
     async def Register(self, request: router_pb2.RegisterRequest, context: Context) -> router_pb2.RegisterResponse:
         record = router_pb2.WorkerRecord(worker=request.worker, held=request.held, failed=request.failed)
@@ -149,21 +147,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ],
             leader=self._controller.leads,
             missing=self._controller.missing,
-            balance=await self.balance(),
+            balance=await asyncio.to_thread(self._controller.balance),
             gateways=[
                 router_pb2.GatewayState(gateway_id=name, epoch=epoch)
                 for name, epoch in sorted((await self._store.gateways()).items())
             ],
         )
-
-    async def balance(self) -> float:
-        """Busiest over mean in the worst layer; 0 while nothing is known of the load. Computed once for each."""
-        state, demand = self._controller.state, self._controller.demand
-        known = self._balance
-        if known is None or known[0] is not state or known[1] is not demand:
-            workers = await self._store.workers()
-            known = self._balance = state, demand, await asyncio.to_thread(balance_of, state, workers, demand)
-        return known[2]
 
     def _orders(self, record: router_pb2.WorkerRecord) -> router_pb2.Orders:
         """What the worker shall hold; what it holds already, until that is decided."""

@@ -149,6 +149,50 @@ EXPERTS = [
         ],
     ),
     Row(
+        "The router",
+        [
+            Panel(
+                "Workers with a lease",
+                "All, those that are leaving, and those that could not load something.",
+                [Query(f"max by (state) (consilium_router_workers{{{MODEL}}})", "{{state}}")],
+            ),
+            Panel(
+                "Balance",
+                "Busiest worker over the mean in the worst layer, as the router knows it; 0 while there is no load.",
+                [Query(f"max(consilium_router_balance{{{MODEL}}})", "busiest/mean")],
+            ),
+            Panel(
+                "Copies loaded and dropped",
+                "Since the router started.",
+                [
+                    Query(f"sum(consilium_router_loads_total{{{MODEL}}})", "loaded"),
+                    Query(f"sum(consilium_router_drops_total{{{MODEL}}})", "dropped"),
+                ],
+            ),
+            Panel(
+                "Copies, and experts without any",
+                "(layer, expert) pairs that gateways may ask for; every copy counts.",
+                [
+                    Query(f"max(consilium_router_copies{{{MODEL}}})", "copies"),
+                    Query(f"max(consilium_router_missing_experts{{{MODEL}}})", "missing"),
+                ],
+            ),
+            Panel(
+                "Changes of the placement in a minute",
+                "Epochs. Many of them for long: something keeps coming and going.",
+                [Query(f"max(delta(consilium_router_epoch{{{MODEL}}}[1m]))", "epochs")],
+            ),
+            Panel(
+                "Gateways",
+                "That were heard of, and those that still use an older placement.",
+                [
+                    Query(f"max(consilium_router_gateways{{{MODEL}}})", "all"),
+                    Query(f"max(consilium_router_gateways_behind{{{MODEL}}})", "behind"),
+                ],
+            ),
+        ],
+    ),
+    Row(
         "Single experts",
         [
             Panel(

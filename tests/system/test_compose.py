@@ -117,9 +117,9 @@ def test_image(service: str, deployments: object, findings: list[str]) -> None:
 
 def test_everything_is_healthy_and_only_the_gateway_published(deployment: Deployment) -> None:
     states = {name: each["State"] for name, each in deployment.containers().items()}
-    assert states.pop("fetch-model-1")["ExitCode"] == 0
+    assert [states.pop(f"{once}-1")["ExitCode"] for once in ("fetch-model", "make-tokens")] == [0, 0]
     replicas = {f"experts-{group}-{number}" for group in "ab" for number in (1, 2)}
-    assert states.keys() >= {"gateway-1", "redis-1", "prometheus-1"} | replicas
+    assert states.keys() >= {"gateway-1", "router-1", "redis-1", "prometheus-1"} | replicas
     assert {name: state["Health"]["Status"] for name, state in states.items()} == dict.fromkeys(states, "healthy")
     published = {
         name: {(binding["HostIp"], port) for port, bindings in ports.items() for binding in bindings or ()}

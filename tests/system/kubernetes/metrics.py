@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from types import SimpleNamespace
 from typing import cast
@@ -13,6 +14,19 @@ from expert_service.metrics import ServiceMetrics
 from expert_service.store import ExpertStore
 from gateway.metrics import Metrics
 from protos.expert.v1 import expert_pb2
+from protos.router.v1 import router_pb2
+from router_service.controller import Controller
+from router_service.metrics import make_registry
+
+_IDLE_ROUTER = SimpleNamespace(
+    state=router_pb2.RouterState(),
+    leads=True,
+    gateways={},
+    missing=0,
+    records={},
+    counts=Counter(),
+    balance=lambda: 0.0,
+)
 
 
 @cache
@@ -20,7 +34,8 @@ def metric_names() -> frozenset[str]:
     """Names of series: with `_total`, `_bucket` and the like."""
     idle = cast("Executor", SimpleNamespace(busy_seconds=0.0, unfinished=0))
     worker = ServiceMetrics(expert_pb2.DescribeResponse(model="m", group="g", max_batch=1), idle, ExpertStore([]))
-    return _names(Metrics("m").registry) | _names(worker.registry)
+    router = make_registry(cast("Controller", _IDLE_ROUTER), "m")
+    return _names(Metrics("m").registry) | _names(worker.registry) | _names(router)
 
 
 def _names(registry: CollectorRegistry) -> frozenset[str]:

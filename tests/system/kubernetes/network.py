@@ -31,12 +31,16 @@ INTERNET = Peer("the internet", {}, None, {"https": 443, "http": 80})
 UDP_PORTS = {"dns"}
 
 OUTSIDE = (PROMETHEUS, MONITORING, STRANGER, DNS, INTERNET)
-RESOLVING = ("gateway", "expert", "redis", "fetch-model", NEIGHBOUR.what)
+RESOLVING = ("gateway", "expert", "router", "redis", "fetch-model", NEIGHBOUR.what)
 
 # Who may open connections to which port of whom, by app.kubernetes.io/name or as above; all else is refused.
 MEANT = {
     ("gateway", "expert", "grpc"),
+    ("gateway", "router", "grpc"),
     ("gateway", "redis", "redis"),
+    ("expert", "router", "grpc"),
+    ("expert", "expert", "grpc"),
+    ("Prometheus", "router", "metrics"),
     ("Prometheus", "expert", "metrics"),
     ("fetch-model", "the internet", "https"),
     *((client.what, "gateway", "http") for client in OUTSIDE),

@@ -9,6 +9,7 @@ import expert_service.servicer
 import gateway.engine_launch
 import gateway.server
 import gateway.worker_pool
+import router_service.server
 from tests.system.kubernetes.configuration import Service, services
 from tests.system.kubernetes.manifests import Cluster, Manifest, quantity
 
@@ -20,8 +21,8 @@ _AFTERWARDS = {
     "expert": expert_service.server.CLOSING_SECONDS,
 }
 # Python, torch, the default model and what a step allocates, beside what the configuration says. Measured: the
-# gateway's two processes 120 and 1020 MiB at their peak, a worker 650 MiB.
-_PROCESS_MEMORY = {"gateway": 2**30, "expert": 640 * 2**20}
+# gateway's two processes 120 and 1020 MiB at their peak, a worker 650 MiB, a router 240 MiB.
+_PROCESS_MEMORY = {"gateway": 2**30, "expert": 640 * 2**20, "router": 256 * 2**20}
 
 
 def images_are_pinned(cluster: Cluster) -> Iterator[str]:
@@ -84,10 +85,15 @@ def probes_ask_open_ports(cluster: Cluster) -> Iterator[str]:
 
 def probes_ask_the_right_question(cluster: Cluster) -> Iterator[str]:
     """Liveness depends on no peer, readiness is apart from it, and loading is waited for."""
-    live = {"gateway": {"httpGet": {"path": "/health", "port": "http"}}, "expert": {"grpc": {"port": 50051}}}
+    live = {
+        "gateway": {"httpGet": {"path": "/health", "port": "http"}},
+        "expert": {"grpc": {"port": 50051}},
+        "router": {"grpc": {"port": 50050}},
+    }
     ready = {
         "gateway": {"httpGet": {"path": "/ready", "port": "http"}},
         "expert": {"grpc": {"port": 50051, "service": expert_service.servicer.SERVICE}},
+        "router": {"grpc": {"port": 50050, "service": router_service.server.SERVICE}},
     }
     for each in services(cluster):
         for kind, wanted in (("startupProbe", live), ("livenessProbe", live), ("readinessProbe", ready)):
@@ -103,6 +109,11 @@ def probes_ask_the_right_question(cluster: Cluster) -> Iterator[str]:
             yield f"{each.workload}: NOT_SERVING for the {drain:g} s of a drain would count as dead"
 
 
+def _on_the_token_path(cluster: Cluster) -> list[Service]:
+    """All but the router, which may be away for a while, and computes no rows."""
+    return [each for each in services(cluster) if each.role != "router"]
+
+
 def _patience(probe: Manifest) -> int:
     """Seconds of failures after which the probe has failed."""
     return int(probe.get("periodSeconds", 10)) * int(probe.get("failureThreshold", 3))
@@ -115,7 +126,7 @@ def _drain_timeout(service: Service) -> float:
 
 def pods_may_finish_draining(cluster: Cluster) -> Iterator[str]:
     """preStop, then the drain time, then the rest must fit between SIGTERM's announcement and SIGKILL."""
-    for each in services(cluster):
+    for each in _on_the_token_path(cluster):
         pause = each.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         needed = pause + _drain_timeout(each) + _AFTERWARDS[each.role]
         grace = each.workload.pod.get("terminationGracePeriodSeconds", 30)
@@ -128,7 +139,7 @@ def pods_may_finish_draining(cluster: Cluster) -> Iterator[str]:
 def rollouts_never_lack_an_expert(cluster: Cluster) -> Iterator[str]:
     """The new replica is known to every gateway before the old one goes."""
     needed = DNS_TTL + gateway.worker_pool.RESOLVE_INTERVAL
-    for each in services(cluster):
+    for each in _on_the_token_path(cluster):
         strategy = each.workload.spec.get("strategy", {}).get("rollingUpdate", {})
         if strategy.get("maxUnavailable") != 0:
             yield f"{each.workload}: a rollout may take a replica away before another one is ready"
@@ -148,6 +159,8 @@ def memory_suffices(cluster: Cluster) -> Iterator[str]:
 
 def _configured_memory(service: Service) -> int:
     config = service.config
+    if service.role == "router":
+        return 0
     if service.role == "expert":
         frames = expert_service.server.QUEUED_FRAMES + expert_service.server.UNREAD_FRAMES
         return frames * config.worker.max_frame
@@ -156,7 +169,7 @@ def _configured_memory(service: Service) -> int:
 
 def threads_follow_the_cpu_limit(cluster: Cluster) -> Iterator[str]:
     """By default torch takes as many threads as the node has cores, and they are throttled together."""
-    for each in services(cluster):
+    for each in _on_the_token_path(cluster):
         threads = each.config.gateway.threads if each.role == "gateway" else each.config.worker.threads
         limit = quantity(each.container.get("resources", {}).get("limits", {}).get("cpu", 0))
         if threads is None or not limit <= threads < limit + 1:

@@ -60,7 +60,7 @@ PLANTED = (
         "another pod of Prometheus' namespace can reach port metrics",
     ),
     Planted("connections_are_as_meant", "NetworkPolicy/names", "spec.egress.0.ports.0.protocol", "TCP", "port dns of"),
-    Planted("connections_are_as_meant", "NetworkPolicy/gateway", "spec.egress.1", REMOVED, "cannot reach port redis"),
+    Planted("connections_are_as_meant", "NetworkPolicy/gateway", "spec.egress.2", REMOVED, "cannot reach port redis"),
     Planted(
         "connections_are_as_meant", "NetworkPolicy/default-deny", "spec.policyTypes", ["Egress"], "reach port any of"
     ),
@@ -94,8 +94,8 @@ PLANTED = (
     Planted(
         "every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env", variable("CONSILIUM_WORKER__LAYERS", "0-9"), "layers"
     ),
-    Planted("every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env.4.value", "0", "no worker holds the experts [1]"),
-    Planted("every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env.4.value", "0-4", "out of range"),
+    Planted("every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env.5.value", "0", "no worker holds the experts [1]"),
+    Planted("every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env.5.value", "0-4", "out of range"),
     # how pods run
     Planted("images_are_pinned", GATEWAY, f"{CONTAINER}.image", "consilium/gateway", "no tag of its own"),
     Planted("images_are_pinned", EXPERTS, f"{POD}.initContainers.0.image", "r:5000/expert:latest", "wait-for-model"),
@@ -129,6 +129,18 @@ PLANTED = (
     ),
     Planted("probes_ask_the_right_question", EXPERTS, f"{CONTAINER}.startupProbe.failureThreshold", 3, "gives up"),
     Planted("probes_ask_the_right_question", EXPERTS, f"{CONTAINER}.livenessProbe.failureThreshold", 1, "as dead"),
+    Planted(
+        "routers_are_found", CONFIG, FILE, replace("grpc://router:50050", "grpc://router:50051"), "not lead to the"
+    ),
+    Planted("routers_are_found", "Service/router", "metadata.name", "control", "does not lead to the router"),
+    Planted("tokens_are_mounted", "Deployment/router", f"{POD}.volumes.2.secret.secretName", "gateway-token", "worker"),
+    Planted(
+        "tokens_are_mounted",
+        EXPERTS,
+        f"{CONTAINER}.env",
+        variable("CONSILIUM_TOKENS__GATEWAY_FILE", "/tokens/gateway/token"),
+        "needs ['worker']",
+    ),
     Planted("pods_may_finish_draining", GATEWAY, f"{POD}.terminationGracePeriodSeconds", REMOVED, "killed after 30 s"),
     Planted("pods_may_finish_draining", CONFIG, FILE, replace("drain_timeout: 15s", "drain_timeout: 1m"), "need 66 s"),
     Planted("pods_may_finish_draining", EXPERTS, f"{CONTAINER}.lifecycle.preStop.sleep.seconds", 14, "need 30 s"),

@@ -23,6 +23,8 @@ RULES: tuple[Rule, ...] = (
     configuration.configurations_load,
     configuration.service_links_are_off,
     configuration.ports_are_the_configured_ones,
+    configuration.routers_are_found,
+    configuration.tokens_are_mounted,
     configuration.endpoints_are_headless_services,
     configuration.every_worker_belongs_to_a_group,
     configuration.every_expert_has_a_worker,
