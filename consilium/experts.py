@@ -35,7 +35,7 @@ class ExpertWeights:
     _addresses: NDArray[np.int64] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        addresses = np.array([tensor.data_ptr() for tensor in self._tensors()], np.int64)
+        addresses = np.array([tensor.data_ptr() for tensor in self.tensors()], np.int64)
         object.__setattr__(self, "_addresses", addresses)
         object.__setattr__(self, "table", addresses.ctypes.data)
 
@@ -44,9 +44,10 @@ class ExpertWeights:
         return content_hash((self.gate, self.up, self.down))
 
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self.tensors())
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor, in the order of the content hash."""
         for matrix in (self.gate, self.up, self.down):
             yield from matrix if isinstance(matrix, Quantized) else (matrix,)
 

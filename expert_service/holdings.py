@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
-from consilium.checkpoint import Checkpoint
-from consilium.experts import Arithmetic
+from expert_service.sources import WeightSource
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
 from protos.router.v1 import router_pb2
@@ -15,17 +14,11 @@ Expert = tuple[int, int]  # layer, expert
 
 
 class Holdings:
-    """A store that is filled from one checkpoint. Experts are loaded on one thread at a time."""
+    """A store that is filled from one source. Experts are loaded on one thread at a time."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        arithmetic: Arithmetic,
-        store: ExpertStore,
-        description: expert_pb2.DescribeResponse,
-    ) -> None:
+    def __init__(self, source: WeightSource, store: ExpertStore, description: expert_pb2.DescribeResponse) -> None:
         """``description`` is what Describe answers; :meth:`describe` keeps it true."""
-        self._checkpoint, self._arithmetic, self._store, self._description = checkpoint, arithmetic, store, description
+        self._source, self._store, self._description = source, store, description
         self.version = 0  # rises with every change
 
     def held(self) -> frozenset[Expert]:
@@ -33,10 +26,8 @@ class Holdings:
         return frozenset((layer, expert) for layer, hashes in self._store.hashes.items() for expert in list(hashes))
 
     def load(self, expert: Expert) -> None:
-        """Hold one more. Raises CheckpointError, and holds it not, where the files are wrong."""
-        layer, number = expert
-        weights = self._arithmetic.prepare(self._checkpoint.expert(layer, number))
-        self._store.add(layer, number, weights, self._checkpoint.stored_hash(layer, number))
+        """Hold one more. Raises as its source does, and then holds it not."""
+        self._store.add(*expert, *self._source.load(*expert))
         self.version += 1
 
     def drop(self, expert: Expert) -> None:

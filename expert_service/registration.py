@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from consilium.errors import ConfigError, ConsiliumError
+from consilium.errors import ConfigError, ConsiliumError, NotReady
 from consilium.rpc import from_rpc_error, router_channel_options
 from consilium.tokens import Metadata
 from expert_service.holdings import Expert, Holdings, expert_sets
@@ -164,7 +164,7 @@ class Registration:
 
     async def _obey(self) -> None:
         """Load what is wanted, one expert after the other, and drop what is not."""
-        loop = asyncio.get_running_loop()
+        loop, unavailable = asyncio.get_running_loop(), ""
         while True:
             await self._orders.wait()
             self._orders.clear()
@@ -172,6 +172,12 @@ class Registration:
             while (expert := self._next()) is not None:
                 try:
                     await asyncio.to_thread(self._holdings.load, expert)
+                except NotReady as error:  # with another worker, or later
+                    if error.message != unavailable:
+                        logger.warning("%s; asking again", error.message)
+                    unavailable = error.message
+                    loop.call_later(RETRY_SECONDS, self._orders.set)
+                    break
                 except ConsiliumError as error:
                     self._failed.add(expert)
                     logger.error("expert %d of layer %d cannot be loaded: %s", expert[1], expert[0], error.message)

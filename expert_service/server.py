@@ -22,6 +22,8 @@ from consilium.errors import ConfigError
 from consilium.experts import Arithmetic
 from consilium.frames import PROTOCOL_VERSION
 from consilium.link_packets import RowFormat
+from consilium.model_config import ModelConfig
+from consilium.model_folder import ModelFolder
 from consilium.models import resolve_model
 from consilium.rpc import ErrorInterceptor, server_options
 from consilium.server import advertised, catch_signals, listen
@@ -32,12 +34,14 @@ from consilium.wire import WIRE_DTYPES
 from expert_service.executor import Executor
 from expert_service.frame_computer import FrameComputer
 from expert_service.holdings import Holdings, describe_store
+from expert_service.joining import complete
 from expert_service.local_link import LocalLink
 from expert_service.local_listener import LocalListener
 from expert_service.metrics import ServiceMetrics
 from expert_service.registration import Registration
 from expert_service.selection import select_experts, select_layers
 from expert_service.servicer import SERVICE, BareForward, ExpertServicer
+from expert_service.sources import LocalWeights, PeerWeights, WeightSource, blank_weights
 from expert_service.speed import measure
 from expert_service.store import ExpertStore, load_store
 from expert_service.tokens import Tokens
@@ -58,13 +62,15 @@ class Worker:
 
     def __init__(self, config: Config) -> None:
         """Load the weights and prove the kernels. Raises ConsiliumError that says what is wrong."""
+        config, joined = complete(config)
         self.config = config
         self.tokens = Tokens(config)
         self.max_batch = _max_batch(config)
         if config.worker.threads is not None:
             torch.set_num_threads(config.worker.threads)
-        self.checkpoint = Checkpoint(resolve_model(config.model))
-        self.model = self.checkpoint.config
+        checkpoint = None if joined else Checkpoint(resolve_model(config.model))
+        self.name = config.model if checkpoint is None else checkpoint.folder.name
+        self.fingerprint, self.model = _identity(checkpoint or joined)
         layers = select_layers(config.worker.layers, self.model)
         experts = select_experts(config.worker.experts, self.model)
         self.router = config.router if config.router is not None and config.router.endpoint is not None else None
@@ -73,7 +79,16 @@ class Worker:
         self.arithmetic: Arithmetic = find_arithmetic(
             config.quantization, config.reply_dtype, self.model.hidden_size, self.model.expert_size
         )
-        self.store: ExpertStore = load_store(self.checkpoint, layers, experts, self.arithmetic)
+        self.layout = blank_weights(self.arithmetic, self.model)
+        self.source = self._source(checkpoint)
+        self.store: ExpertStore = load_store(self.source, layers, experts)
+
+    def _source(self, checkpoint: Checkpoint | None) -> WeightSource:
+        if checkpoint is not None:
+            return LocalWeights(checkpoint, self.arithmetic)
+        assert self.router is not None
+        assert self.router.endpoint is not None
+        return PeerWeights(self.router.endpoint, metadata_of(self.config.tokens, WORKER), self.layout)
 
     def describe(self) -> expert_pb2.DescribeResponse:
         """What this worker says about itself."""
@@ -81,8 +96,8 @@ class Worker:
             protocol_version=PROTOCOL_VERSION,
             worker_id=uuid.uuid4().hex,
             group=self.config.worker.group,
-            model=self.checkpoint.folder.name,
-            model_fingerprint=self.checkpoint.fingerprint,
+            model=self.name,
+            model_fingerprint=self.fingerprint,
             quantization=self.config.quantization,
             row_dtype=WIRE_DTYPES[self.arithmetic.reply_dtype],
             numerics_class=self.arithmetic.numerics_class,
@@ -99,7 +114,7 @@ class Worker:
         description = self.describe()
         executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
         metrics = ServiceMetrics(description, executor, self.store)
-        servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame)
+        servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame, self.store)
         interceptors = [*self.tokens.interceptors(), ErrorInterceptor(), BareForward()]
         server = grpc.aio.server(interceptors=interceptors, options=server_options(config.max_frame))
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(servicer, server)
@@ -142,7 +157,7 @@ class Worker:
         if self.router is None:
             yield None
             return
-        weights = self.arithmetic.prepare(self.checkpoint.expert(self.model.expert_layers()[0], 0))
+        weights = self.layout
         row_ns, read_ns = measure(self.arithmetic, weights, self.model.hidden_size, self.config.worker.speed)
         held = [expert for hashes in self.store.hashes.values() for expert in hashes]
         config, whole = self.config.worker, len(self.model.expert_layers()) * self.model.num_experts
@@ -155,11 +170,17 @@ class Worker:
             read_ns=read_ns,
         )
         del worker.description.layers[:]
-        holdings = Holdings(self.checkpoint, self.arithmetic, self.store, description)
+        holdings = Holdings(self.source, self.store, description)
         metadata = metadata_of(self.config.tokens, WORKER)
         registration = Registration(self.router.endpoint or "", metadata, worker, holdings, self.tokens)
         async with registration.running(stopping):
             yield registration
+
+
+def _identity(model: Checkpoint | ModelFolder | None) -> tuple[str, ModelConfig]:
+    """Fingerprint and shape."""
+    assert model is not None
+    return model.fingerprint, model.config
 
 
 def _adopter(

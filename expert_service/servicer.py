@@ -14,12 +14,14 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from consilium.attachment import Attachment, unpack
-from consilium.errors import ExpertUnavailable
+from consilium.errors import ExpertUnavailable, StalePlacement
 from consilium.frames import encode_result
 from expert_service.call_queue import Job, Outcome
 from expert_service.calls import Call, MessageCall
 from expert_service.executor import Executor
 from expert_service.metrics import ServiceMetrics
+from expert_service.sources import chunks
+from expert_service.store import ExpertStore
 from expert_service.stream import Answer, ForwardStream, Request
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 
@@ -32,8 +34,14 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     """Answers from one executor; everything but the computing happens on the event loop."""
 
     def __init__(
-        self, description: expert_pb2.DescribeResponse, executor: Executor, metrics: ServiceMetrics, max_unread: int
+        self,
+        description: expert_pb2.DescribeResponse,
+        executor: Executor,
+        metrics: ServiceMetrics,
+        max_unread: int,
+        store: ExpertStore,
     ) -> None:
+        self._store = store
         self._description, self._executor, self._max_unread = description, executor, max_unread
         self._metrics = metrics
         self._draining = False
@@ -71,6 +79,18 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         with self._counted():
             done = await self.submit(request.call)
             return expert_pb2.ForwardOnceResponse(result=encode_result(done.rows, done.queue_us, done.compute_us))
+
+    # The generated stub knows generators only.
+    async def FetchWeights(
+        self, request: expert_pb2.FetchWeightsRequest, context: Context
+    ) -> AsyncIterator[expert_pb2.FetchWeightsResponse]:
+        try:
+            (weights,) = self._store.find(request.layer, [request.expert])
+        except StalePlacement as error:
+            await context.abort(grpc.StatusCode[error.grpc_code], error.message)
+        parts = chunks(weights)
+        while data := await asyncio.to_thread(next, parts, b""):  # they may have to be read from a disk
+            yield expert_pb2.FetchWeightsResponse(data=data)
 
     async def drain(self) -> None:
         """Take nothing new, and return when every call taken has been answered."""

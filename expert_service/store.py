@@ -7,9 +7,9 @@ import time
 from collections.abc import Collection, Sequence
 from itertools import product
 
-from consilium.checkpoint import Checkpoint
 from consilium.errors import StalePlacement
-from consilium.experts import Arithmetic, ExpertWeights
+from consilium.experts import ExpertWeights
+from expert_service.sources import WeightSource
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,7 @@ class ExpertStore:
         return found
 
 
-def load_store(
-    checkpoint: Checkpoint, layers: Sequence[int], experts: Sequence[int], arithmetic: Arithmetic
-) -> ExpertStore:
+def load_store(source: WeightSource, layers: Sequence[int], experts: Sequence[int]) -> ExpertStore:
     """Read and prepare ``experts`` of every one of ``layers``, logging progress.
 
     Raises CheckpointError that names the file and the tensor when one is missing, of a wrong shape, or not finite.
@@ -60,8 +58,7 @@ def load_store(
     store = ExpertStore(layers)
     total, next_line = len(layers) * len(experts), time.monotonic() + PROGRESS_SECONDS
     for done, (layer, expert) in enumerate(product(layers, experts)):
-        weights = arithmetic.prepare(checkpoint.expert(layer, expert))
-        store.add(layer, expert, weights, checkpoint.stored_hash(layer, expert))
+        store.add(layer, expert, *source.load(layer, expert))
         if time.monotonic() > next_line:
             logger.info("loaded %d of %d experts", done + 1, total)
             next_line = time.monotonic() + PROGRESS_SECONDS

@@ -16,6 +16,7 @@ ALLOWED: dict[str, Roles] = {
     "Describe": frozenset({GATEWAY, WORKER}),
     "Forward": frozenset({GATEWAY}),
     "ForwardOnce": frozenset({GATEWAY}),
+    "FetchWeights": frozenset({WORKER}),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from consilium.config import Config
 from consilium.errors import ConfigError, InvalidRequest
 from consilium.frames import PROTOCOL_VERSION
 from consilium.model_folder import ModelFolder
+from consilium.shapes.folder import ShapeFolder
 from protos.expert.v1 import expert_pb2
 from protos.router.v1 import router_pb2
 from protos.tensor.v1 import tensor_pb2
@@ -31,6 +33,19 @@ class Deployment:
     layers: tuple[int, ...]  # those that route
     experts: int  # in each of them
     mixed_numerics: bool = False
+    dtype: str = "float32"  # of what is not int8
+    shape: str = ""  # its name, where the model is one
+    config_json: str = ""
+
+    def describe(self) -> router_pb2.GetDeploymentResponse:
+        """For a worker that knows nothing yet."""
+        return router_pb2.GetDeploymentResponse(
+            shape=self.shape,
+            config_json=self.config_json,
+            model_fingerprint=self.model_fingerprint,
+            quantization=self.quantization,
+            dtype=self.dtype,
+        )
 
     def check(self, record: router_pb2.WorkerRecord, others: Iterable[router_pb2.WorkerRecord]) -> None:
         """Raises ConfigError that says what differs, InvalidRequest for a message that makes no sense."""
@@ -91,6 +106,9 @@ def deployment_of(config: Config, folder: ModelFolder) -> Deployment:
         tuple(model.expert_layers()),
         model.num_experts,
         config.router is not None and config.router.mixed_numerics,
+        config.dtype,
+        str(folder.path) if isinstance(folder.path, ShapeFolder) else "",
+        json.dumps(folder.raw),
     )
 
 

@@ -29,6 +29,7 @@ from router_service.store import MemoryStore, Store
 SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 # Who may call what; a method that is not named here cannot be called at all.
 ALLOWED: dict[str, Roles] = {
+    "GetDeployment": frozenset({WORKER}),
     "Register": frozenset({WORKER}),
     "Heartbeat": frozenset({WORKER}),
     "Drain": frozenset({WORKER}),

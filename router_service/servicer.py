@@ -49,6 +49,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._load = DecayedLoad(deployment.layers, deployment.experts, config.load_half_life)
         self._router_id = uuid.uuid4().hex
 
+    async def GetDeployment(
+        self, request: router_pb2.GetDeploymentRequest, context: Context
+    ) -> router_pb2.GetDeploymentResponse:
+        return self._deployment.describe()
+
     async def Register(self, request: router_pb2.RegisterRequest, context: Context) -> router_pb2.RegisterResponse:
         record = router_pb2.WorkerRecord(worker=request.worker, held=request.held, failed=request.failed)
         worker_id = record.worker.description.worker_id

@@ -382,5 +382,5 @@ def test_reflection(float_worker: Process) -> None:
             "grpc.reflection.v1alpha.ServerReflection",
         }
         service = DescriptorPool(database).FindServiceByName("expert.v1.ExpertService")
-    assert [method.name for method in service.methods] == ["Describe", "Forward", "ForwardOnce"]
+    assert [method.name for method in service.methods] == ["Describe", "Forward", "ForwardOnce", "FetchWeights"]
     assert "weight_version" in service.methods_by_name["Describe"].output_type.fields_by_name

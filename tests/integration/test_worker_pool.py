@@ -129,6 +129,12 @@ class FakeWorker(expert_pb2_grpc.ExpertServiceServicer):
     ) -> expert_pb2.ForwardOnceResponse:
         raise NotImplementedError("the gateway always streams")
 
+    async def FetchWeights(
+        self, request: expert_pb2.FetchWeightsRequest, context: Context
+    ) -> AsyncIterator[expert_pb2.FetchWeightsResponse]:
+        raise NotImplementedError("gateways have no use for weights")
+        yield expert_pb2.FetchWeightsResponse()
+
     async def _read(self, requests: AsyncIterator[expert_pb2.ForwardRequest], stream: Stream) -> None:
         async for request in requests:
             if stream not in self.streams:

@@ -148,7 +148,8 @@ class Gate(FrameComputer):
 
 def submit(executor: Executor, call: expert_pb2.Call) -> Answer:
     """As the servicer does it."""
-    return ExpertServicer(DESCRIPTION, executor, ServiceMetrics(DESCRIPTION, executor, ExpertStore([])), 1).submit(call)
+    store = ExpertStore([])
+    return ExpertServicer(DESCRIPTION, executor, ServiceMetrics(DESCRIPTION, executor, store), 1, store).submit(call)
 
 
 def run(body: Callable[[Executor, Gate], Awaitable[None]], max_queue: int = 4, max_bytes: int = 2**20) -> Gate:

@@ -32,7 +32,9 @@ def run(computer: FrameComputer, body: Callable[[Executor, ServiceMetrics, Exper
         store.nbytes = 1000
         metrics = ServiceMetrics(DESCRIPTION, executor, store)
         try:
-            await asyncio.wait_for(body(executor, metrics, ExpertServicer(DESCRIPTION, executor, metrics, 1)), 30)
+            await asyncio.wait_for(
+                body(executor, metrics, ExpertServicer(DESCRIPTION, executor, metrics, 1, store)), 30
+            )
         finally:
             if isinstance(computer, Gate):
                 computer.opened.set()

@@ -50,6 +50,11 @@ class ExpertServiceStub:
                 request_serializer=expert_dot_v1_dot_expert__pb2.ForwardOnceRequest.SerializeToString,
                 response_deserializer=expert_dot_v1_dot_expert__pb2.ForwardOnceResponse.FromString,
                 _registered_method=True)
+        self.FetchWeights = channel.unary_stream(
+                '/expert.v1.ExpertService/FetchWeights',
+                request_serializer=expert_dot_v1_dot_expert__pb2.FetchWeightsRequest.SerializeToString,
+                response_deserializer=expert_dot_v1_dot_expert__pb2.FetchWeightsResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer:
@@ -78,6 +83,13 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchWeights(self, request, context):
+        """The weights of one expert as they are computed with, for a worker that has no files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.ForwardOnce,
                     request_deserializer=expert_dot_v1_dot_expert__pb2.ForwardOnceRequest.FromString,
                     response_serializer=expert_dot_v1_dot_expert__pb2.ForwardOnceResponse.SerializeToString,
+            ),
+            'FetchWeights': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchWeights,
+                    request_deserializer=expert_dot_v1_dot_expert__pb2.FetchWeightsRequest.FromString,
+                    response_serializer=expert_dot_v1_dot_expert__pb2.FetchWeightsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class ExpertService:
             '/expert.v1.ExpertService/ForwardOnce',
             expert_dot_v1_dot_expert__pb2.ForwardOnceRequest.SerializeToString,
             expert_dot_v1_dot_expert__pb2.ForwardOnceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expert.v1.ExpertService/FetchWeights',
+            expert_dot_v1_dot_expert__pb2.FetchWeightsRequest.SerializeToString,
+            expert_dot_v1_dot_expert__pb2.FetchWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class ExpertServiceStub:
     """
     ForwardOnce: _grpc.UnaryUnaryMultiCallable[_expert_pb2.ForwardOnceRequest, _expert_pb2.ForwardOnceResponse]
     """One call without a stream, for tools and debugging."""
+    FetchWeights: _grpc.UnaryStreamMultiCallable[_expert_pb2.FetchWeightsRequest, _expert_pb2.FetchWeightsResponse]
+    """The weights of one expert as they are computed with, for a worker that has no files."""
 
 @_typing.type_check_only
 class ExpertServiceAsyncStub(ExpertServiceStub):
@@ -55,6 +57,8 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
     """
     ForwardOnce: _aio.UnaryUnaryMultiCallable[_expert_pb2.ForwardOnceRequest, _expert_pb2.ForwardOnceResponse]  # type: ignore[assignment]
     """One call without a stream, for tools and debugging."""
+    FetchWeights: _aio.UnaryStreamMultiCallable[_expert_pb2.FetchWeightsRequest, _expert_pb2.FetchWeightsResponse]  # type: ignore[assignment]
+    """The weights of one expert as they are computed with, for a worker that has no files."""
 
 class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
     """One process that holds some experts of one model and computes them. It keeps no state between calls."""
@@ -84,5 +88,13 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pb2.ForwardOnceResponse, _abc.Awaitable[_expert_pb2.ForwardOnceResponse]]:
         """One call without a stream, for tools and debugging."""
+
+    @_abc_1.abstractmethod
+    def FetchWeights(
+        self,
+        request: _expert_pb2.FetchWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_expert_pb2.FetchWeightsResponse], _abc.AsyncIterator[_expert_pb2.FetchWeightsResponse]]:
+        """The weights of one expert as they are computed with, for a worker that has no files."""
 
 def add_ExpertServiceServicer_to_server(servicer: ExpertServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -36,6 +36,11 @@ class RouterServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetDeployment = channel.unary_unary(
+                '/router.v1.RouterService/GetDeployment',
+                request_serializer=router_dot_v1_dot_router__pb2.GetDeploymentRequest.SerializeToString,
+                response_deserializer=router_dot_v1_dot_router__pb2.GetDeploymentResponse.FromString,
+                _registered_method=True)
         self.Register = channel.unary_unary(
                 '/router.v1.RouterService/Register',
                 request_serializer=router_dot_v1_dot_router__pb2.RegisterRequest.SerializeToString,
@@ -77,6 +82,13 @@ class RouterServiceServicer:
     """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
+
+    def GetDeployment(self, request, context):
+        """What a worker must be like that wants to enter, for one that knows nothing but this address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Register(self, request, context):
         """A worker enters. Refused with FAILED_PRECONDITION, and the reason, where it does not fit the deployment.
@@ -130,6 +142,11 @@ class RouterServiceServicer:
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetDeployment': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDeployment,
+                    request_deserializer=router_dot_v1_dot_router__pb2.GetDeploymentRequest.FromString,
+                    response_serializer=router_dot_v1_dot_router__pb2.GetDeploymentResponse.SerializeToString,
+            ),
             'Register': grpc.unary_unary_rpc_method_handler(
                     servicer.Register,
                     request_deserializer=router_dot_v1_dot_router__pb2.RegisterRequest.FromString,
@@ -177,6 +194,33 @@ class RouterService:
     """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
+
+    @staticmethod
+    def GetDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/router.v1.RouterService/GetDeployment',
+            router_dot_v1_dot_router__pb2.GetDeploymentRequest.SerializeToString,
+            router_dot_v1_dot_router__pb2.GetDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Register(request,

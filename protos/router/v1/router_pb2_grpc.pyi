@@ -35,6 +35,8 @@ class RouterServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RouterServiceAsyncStub: ...
+    GetDeployment: _grpc.UnaryUnaryMultiCallable[_router_pb2.GetDeploymentRequest, _router_pb2.GetDeploymentResponse]
+    """What a worker must be like that wants to enter, for one that knows nothing but this address."""
     Register: _grpc.UnaryUnaryMultiCallable[_router_pb2.RegisterRequest, _router_pb2.RegisterResponse]
     """A worker enters. Refused with FAILED_PRECONDITION, and the reason, where it does not fit the deployment."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_router_pb2.HeartbeatRequest, _router_pb2.HeartbeatResponse]
@@ -57,6 +59,8 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetDeployment: _aio.UnaryUnaryMultiCallable[_router_pb2.GetDeploymentRequest, _router_pb2.GetDeploymentResponse]  # type: ignore[assignment]
+    """What a worker must be like that wants to enter, for one that knows nothing but this address."""
     Register: _aio.UnaryUnaryMultiCallable[_router_pb2.RegisterRequest, _router_pb2.RegisterResponse]  # type: ignore[assignment]
     """A worker enters. Refused with FAILED_PRECONDITION, and the reason, where it does not fit the deployment."""
     Heartbeat: _aio.UnaryUnaryMultiCallable[_router_pb2.HeartbeatRequest, _router_pb2.HeartbeatResponse]  # type: ignore[assignment]
@@ -76,6 +80,14 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
+
+    @_abc_1.abstractmethod
+    def GetDeployment(
+        self,
+        request: _router_pb2.GetDeploymentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.GetDeploymentResponse, _abc.Awaitable[_router_pb2.GetDeploymentResponse]]:
+        """What a worker must be like that wants to enter, for one that knows nothing but this address."""
 
     @_abc_1.abstractmethod
     def Register(

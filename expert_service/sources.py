@@ -1,0 +1,151 @@
+"""Where a worker's weights come from: a checkpoint on this machine, or workers that hold them.
+
+Letters: D hidden size, F expert FFN size.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import grpc
+import torch
+
+from consilium.checkpoint import Checkpoint, ExpertTensors
+from consilium.content_hash import HASH_BYTES
+from consilium.errors import NotReady
+from consilium.experts import Arithmetic, ExpertWeights
+from consilium.model_config import ModelConfig
+from consilium.quantization import Quantized
+from consilium.rpc import channel_options, from_rpc_error, router_channel_options
+from consilium.tokens import Metadata
+from protos.expert.v1 import expert_pb2, expert_pb2_grpc
+from protos.router.v1 import router_pb2, router_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 2**20  # bytes of one message
+FETCH_SECONDS = 120.0  # for one expert
+ASK_SECONDS = 5.0
+FRESH_SECONDS = 1.0  # so long what the router said of who holds what is asked of peers
+
+
+class WeightSource(Protocol):
+    """Used on one thread at a time."""
+
+    def load(self, layer: int, expert: int) -> tuple[ExpertWeights, bytes]:
+        """An expert with its content hash.
+
+        Raises CheckpointError where the files are wrong, NotReady where it may be had later.
+        """
+        ...
+
+
+class LocalWeights:
+    """From a folder, or from a shape."""
+
+    def __init__(self, checkpoint: Checkpoint, arithmetic: Arithmetic) -> None:
+        self._checkpoint, self._arithmetic = checkpoint, arithmetic
+
+    def load(self, layer: int, expert: int) -> tuple[ExpertWeights, bytes]:
+        weights = self._arithmetic.prepare(self._checkpoint.expert(layer, expert))
+        return weights, self._checkpoint.stored_hash(layer, expert) or weights.content_hash()
+
+
+class PeerWeights:
+    """From any worker that holds it; what has not the hash that the router knows is thrown away."""
+
+    def __init__(self, router: str, metadata: Metadata, layout: ExpertWeights) -> None:
+        """``layout`` has the shapes and types of an expert's tensors."""
+        self._metadata, self._layout = metadata, layout
+        channel = grpc.insecure_channel(router.removeprefix("grpc://"), options=router_channel_options())
+        self._router = router_pb2_grpc.RouterServiceStub(channel)
+        self._channels: dict[str, grpc.Channel] = {}
+        self._placement, self._asked = router_pb2.Placement(), -FRESH_SECONDS
+
+    def load(self, layer: int, expert: int) -> tuple[ExpertWeights, bytes]:
+        placement = self._placed()
+        digest = _digest(placement, layer, expert)
+        holders = list(_holders(placement, layer, expert))
+        random.shuffle(holders)
+        for address in holders if any(digest) else ():
+            try:
+                weights = read_weights(self._layout, self._fetch(address, layer, expert))
+            except grpc.RpcError as error:
+                logger.warning("weights from %s: %s", address, from_rpc_error(error).message)
+                continue
+            if weights is not None and weights.content_hash() == digest:
+                return weights, digest
+            logger.error("what %s sent of expert %d of layer %d is not what the router knows", address, expert, layer)
+        raise NotReady(f"no worker that can be reached has expert {expert} of layer {layer}")
+
+    def _placed(self) -> router_pb2.Placement:
+        if time.monotonic() - self._asked > FRESH_SECONDS:
+            try:
+                request = router_pb2.GetPlacementRequest()
+                answer = self._router.GetPlacement(request, timeout=ASK_SECONDS, metadata=self._metadata)
+            except grpc.RpcError as error:
+                raise NotReady(f"the router cannot say who holds weights: {from_rpc_error(error).message}") from None
+            self._placement, self._asked = answer.placement, time.monotonic()
+        return self._placement
+
+    def _fetch(self, address: str, layer: int, expert: int) -> Iterator[bytes]:
+        if address not in self._channels:
+            self._channels[address] = grpc.insecure_channel(address, options=channel_options())
+        stub = expert_pb2_grpc.ExpertServiceStub(self._channels[address])
+        request = expert_pb2.FetchWeightsRequest(layer=layer, expert=expert)
+        stream = stub.FetchWeights(request, timeout=FETCH_SECONDS, metadata=self._metadata)
+        return (message.data for message in stream)
+
+
+def blank_weights(arithmetic: Arithmetic, model: ModelConfig) -> ExpertWeights:
+    """An expert of ones: as large as the model's, for whoever has none yet."""
+    inner, outer = torch.ones(model.expert_size, model.hidden_size), torch.ones(model.hidden_size, model.expert_size)
+    return arithmetic.prepare(ExpertTensors(inner, inner.clone(), outer))  # [F, D], [F, D], [D, F]
+
+
+def chunks(weights: ExpertWeights) -> Iterator[bytes]:
+    """The bytes of every tensor as they travel."""
+    for tensor in weights.tensors():
+        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        for start in range(0, len(flat), CHUNK):
+            yield flat[start : start + CHUNK].tobytes()
+
+
+def read_weights(layout: ExpertWeights, parts: Iterable[bytes]) -> ExpertWeights | None:
+    """An expert like ``layout`` with the bytes that come; None where they are too few or too many."""
+    made = ExpertWeights(*map(_empty_like, (layout.gate, layout.up, layout.down)))
+    rooms = [tensor.view(-1).view(torch.uint8).numpy() for tensor in made.tensors()]
+    place = start = 0
+    for data in parts:
+        rest = memoryview(data)
+        while rest:
+            if place == len(rooms):
+                return None
+            taken = min(len(rest), len(rooms[place]) - start)
+            rooms[place][start : start + taken] = rest[:taken]
+            rest, start = rest[taken:], start + taken
+            if start == len(rooms[place]):
+                place, start = place + 1, 0
+    return made if place == len(rooms) else None
+
+
+def _empty_like(matrix: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
+    if isinstance(matrix, Quantized):
+        return Quantized(*(torch.empty_like(tensor) for tensor in matrix))
+    return torch.empty_like(matrix)
+
+
+def _holders(placement: router_pb2.Placement, layer: int, expert: int) -> Iterator[str]:
+    for worker in placement.workers:
+        if any(each.layer == layer and expert in each.experts for each in worker.experts):
+            yield worker.address
+
+
+def _digest(placement: router_pb2.Placement, layer: int, expert: int) -> bytes:
+    """Zeros, or nothing, where the router knows of none."""
+    known = next((each.hashes for each in placement.hashes if each.layer == layer), b"")
+    return known[expert * HASH_BYTES : (expert + 1) * HASH_BYTES]
