@@ -93,7 +93,7 @@ def connected(
 
     def handle(event: object) -> None:
         assert isinstance(event, View)
-        dispatcher.placement, dispatcher.workers = event.placement, event.workers
+        dispatcher.follow(event.placement, event.workers)
 
     arithmetic = find_arithmetic(config, checkpoint.config)
     gate = MoELayer(checkpoint, LAYER, dispatcher, arithmetic, dispatcher.clock)

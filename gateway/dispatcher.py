@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from consilium.errors import ConsiliumError, DeadlineExceeded, ExpertUnavailable, InvalidRequest, WireError
 from consilium.frames import Frame
-from consilium.kernels.routing import owned, select
+from consilium.kernels.routing import select
 from gateway.batches import ExpertBatches, ExpertOutputs
 from gateway.expert_meter import ExpertMeter
+from gateway.fleet import Fleet
 from gateway.mailbox import Completion
 from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
 from gateway.pieces import PIECE_BYTES, in_turn, split
-from gateway.placement import Placement, assign
+from gateway.placement import Placement, assign, assign_owned
 from gateway.stage_clock import StageClock
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,16 @@ class Dispatcher:
         self.clock = StageClock()
         self.placement = Placement()
         self.workers: Mapping[str, Worker] = {}
+        self._fleet = Fleet()
         self._row_dtype, self._layer_timeout = row_dtype, layer_timeout
         self.meter = meter
         self._work: dict[str, _Work] = {}
         self._turn = 0
+
+    def follow(self, placement: Placement, workers: Mapping[str, Worker]) -> None:
+        """Send frames to these workers from now on."""
+        self.placement, self.workers = placement, workers
+        self._fleet.arrange(placement.addresses)
 
     async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
         """The output rows of ``batches.slots``, until they are released, and why rows (by index) have none.
@@ -146,23 +152,18 @@ class Dispatcher:
         self, layer: int, batches: ExpertBatches, wanted: list[int] | None, excluded: Mapping[str, object]
     ) -> tuple[dict[str, NDArray[np.int64]], list[int]]:
         """Positions (in ``batches.experts``) for each address, and those without a holder; None wants all."""
-        if wanted is None:
-            addresses, owners = self.placement.sole_holders(layer)
-            positions, starts = owned(owners, batches.experts, len(addresses))
-            if len(positions):
-                parts = zip(addresses, pairwise(starts.tolist()), strict=True)
-                plan = {address: positions[start:stop] for address, (start, stop) in parts if start < stop}
-                # Whoever has most to do begins first.
-                return dict(sorted(plan.items(), key=lambda part: -len(part[1]))), []
-            wanted = list(range(len(batches.experts)))
-        holders = {}
-        for position in wanted:
-            candidates = self.placement.holders.get((layer, int(batches.experts[position])), ())
-            holders[position] = tuple(each for each in candidates if each not in excluded) if excluded else candidates
+        holders = self.placement.of_layer(layer)
+        plan = assign_owned(holders, batches.experts) if wanted is None and not holders.replicated else None
+        if plan is not None:
+            return plan, []
         self._turn += 1
-        counts = batches.counts
-        plan, orphans = assign({position: int(counts[position]) for position in wanted}, holders, self._turn)
-        return {address: np.array(positions) for address, positions in plan.items()}, orphans
+        if wanted is None:
+            plan, orphans = assign(holders, batches.experts, batches.counts, self._fleet, self._turn)
+            return plan, orphans.tolist()
+        some = np.array(wanted)
+        experts, counts = batches.experts[some], batches.counts[some]
+        plan, orphans = assign(holders, experts, counts, self._fleet, self._turn, excluded.keys())
+        return {address: some[positions] for address, positions in plan.items()}, some[orphans].tolist()
 
     def _pieces(
         self, plan: Mapping[str, NDArray[np.int64]], batches: ExpertBatches

@@ -115,7 +115,7 @@ class EngineProcess:
             case Abort(id=sequence_id):
                 self._engine.abort(sequence_id)
             case View():
-                self._dispatcher.placement, self._dispatcher.workers = event.placement, event.workers
+                self._dispatcher.follow(event.placement, event.workers)
                 if self._known_experts.differ(event.placement, event.identities):
                     log.info("other weights or another arithmetic than before: the prefix cache begins anew")
                     self._engine.scheduler.forget_prefixes()

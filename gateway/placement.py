@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from consilium.kernels import routing as kernel
 from consilium.model_config import ModelConfig
-
-# Reading an expert's weights costs a worker about as much as computing this many rows of it.
-EXPERT_COST = 8
+from gateway.fleet import COSTS, Fleet
 
 
 class ExpertIdentity(NamedTuple):
@@ -36,24 +36,36 @@ class KnownExperts:
         return different
 
 
+class LayerHolders(NamedTuple):
+    """Who holds the experts of one layer, as kernels read it."""
+
+    addresses: list[str]  # of all workers, ascending
+    starts: NDArray[np.int64]  # [E + 1] where the holders of each expert begin
+    workers: NDArray[np.int64]  # places in ``addresses``
+    owners: NDArray[np.int64]  # [E] the place of each expert's only holder; -1 where there is none, or several
+    replicated: bool  # whether an expert has several holders
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """The addresses of the workers that hold each expert; one immutable view, replaced as a whole."""
 
     holders: Mapping[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)  # (layer, expert) to addresses
-    _sole: dict[int, tuple[list[str], NDArray[np.int64]]] = field(default_factory=dict, init=False, compare=False)
+    addresses: list[str] = field(init=False, compare=False)  # of all workers, ascending
+    layers: dict[int, LayerHolders] = field(init=False, compare=False)
 
-    def sole_holders(self, layer: int) -> tuple[list[str], NDArray[np.int64]]:
-        """Addresses, and for every expert [E] of the layer which of them alone holds it; -1 for none or several."""
-        if layer not in self._sole:
-            held = {expert: addresses for (each, expert), addresses in self.holders.items() if each == layer}
-            addresses = sorted({each for many in held.values() for each in many})
-            owners = np.full(max(held, default=-1) + 1, -1, np.int64)
-            for expert, mine in held.items():
-                if len(mine) == 1:
-                    owners[expert] = addresses.index(mine[0])
-            self._sole[layer] = addresses, owners
-        return self._sole[layer]
+    def __post_init__(self) -> None:
+        addresses = sorted({each for many in self.holders.values() for each in many})
+        index = {address: place for place, address in enumerate(addresses)}
+        held: dict[int, dict[int, list[int]]] = {}
+        for (layer, expert), many in self.holders.items():
+            held.setdefault(layer, {})[expert] = [index[each] for each in many]
+        object.__setattr__(self, "addresses", addresses)
+        object.__setattr__(self, "layers", {layer: _layer_holders(addresses, each) for layer, each in held.items()})
+
+    def of_layer(self, layer: int) -> LayerHolders:
+        """The same for one layer; nobody holds anything of a layer that is not known."""
+        return self.layers.get(layer) or _layer_holders(self.addresses, {})
 
     def missing(self, config: ModelConfig) -> list[tuple[int, int]]:
         """The experts (layer, expert) that nobody holds, ascending."""
@@ -81,28 +93,52 @@ def describe_missing(missing: Sequence[tuple[int, int]]) -> str:
     return f"no worker holds {', '.join(parts[:3])}{more}"
 
 
-def assign(
-    pairs: Mapping[int, int], holders: Mapping[int, tuple[str, ...]], turn: int
-) -> tuple[dict[str, list[int]], list[int]]:
-    """Give each expert to one of its holders, so that the busiest worker has little more than the others.
+def _layer_holders(addresses: list[str], held: Mapping[int, Sequence[int]]) -> LayerHolders:
+    """``held`` has the places of each expert's holders."""
+    places = [held.get(expert, ()) for expert in range(max(held, default=-1) + 1)]
+    starts = np.cumsum([0, *map(len, places)], dtype=np.int64)
+    workers = np.array([each for mine in places for each in mine], np.int64)
+    owners = np.array([each[0] if len(each) == 1 else -1 for each in places], np.int64)
+    return LayerHolders(addresses, starts, workers, owners, any(len(each) > 1 for each in places))
 
-    ``pairs`` says how many rows each expert has, ``holders`` who may take it. Large experts are placed first, each
-    with the worker that has least so far (Graham's longest processing time); ``turn`` rotates ties, so that replicas
-    share the load of many small steps. Returns the experts of each address, ascending, and those nobody can take.
+
+Plan = dict[str, NDArray[np.int64]]  # the positions of each address, ascending
+
+
+def assign_owned(holders: LayerHolders, experts: NDArray[np.int64]) -> Plan | None:
+    """The plan where each of ``experts`` [M] has one holder; None where one has none, or several."""
+    positions, starts = kernel.owned(holders.owners, experts, len(holders.addresses))
+    return _parts(holders.addresses, positions, starts.tolist()) if len(positions) else None
+
+
+def assign(
+    holders: LayerHolders,
+    experts: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    fleet: Fleet,
+    turn: int,
+    excluded: Collection[str] = (),
+) -> tuple[Plan, NDArray[np.int64]]:
+    """Give each of ``experts`` [M] with ``counts`` [M] rows to one of its holders (consilium.kernels.routing.assign).
+
+    ``fleet`` has the same addresses as ``holders``; ``excluded`` ones get nothing. Returns the positions (in
+    ``experts``) of each address, whoever has most to do first, and those that nobody can take.
     """
-    plan: dict[str, list[int]] = {}
-    cost: dict[str, int] = {}
-    orphans: list[int] = []
-    for expert in sorted(pairs, key=lambda each: (len(holders.get(each, ())) > 1, -pairs[each], each)):
-        candidates = holders.get(expert, ())
-        if not candidates:
-            orphans.append(expert)
-            continue
-        shift = turn % len(candidates)
-        address = min(candidates[shift:] + candidates[:shift], key=lambda each: cost.get(each, 0))
-        plan.setdefault(address, []).append(expert)
-        cost[address] = cost.get(address, 0) + EXPERT_COST + pairs[expert]
-    return {address: sorted(experts) for address, experts in plan.items()}, sorted(orphans)
+    standing = fleet.standing
+    if excluded:
+        standing = standing.copy()
+        standing[[fleet.index[each] for each in excluded if each in fleet.index]] = 2
+    loads = standing, fleet.load, fleet.unit, COSTS
+    positions, begins = kernel.assign(holders.starts, holders.workers, experts, counts, *loads, turn)
+    starts = begins.tolist()
+    return _parts(holders.addresses, positions, starts[:-1]), positions[starts[-2] :]
+
+
+def _parts(addresses: list[str], positions: NDArray[np.int64], starts: list[int]) -> Plan:
+    """What each of them is to do, whoever has most first."""
+    parts = zip(addresses, pairwise(starts), strict=True)
+    plan = {address: positions[start:stop] for address, (start, stop) in parts if start < stop}
+    return dict(sorted(plan.items(), key=lambda part: -len(part[1])))
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -107,9 +107,9 @@ def local_dispatcher(
     dispatcher = Dispatcher(dtype, 10.0, ExpertMeter(checkpoint.config))
     held = {f"worker-{number}:1": list(each) for number, each in enumerate(experts)}
     workers = [LocalWorker(address, compute, mailbox) for address in held]
-    dispatcher.workers = {worker.address: worker for worker in workers}
     layers = checkpoint.config.expert_layers()
-    dispatcher.placement = build_placement(
+    placement = build_placement(
         {address: [(layer, each) for layer in layers for each in mine] for address, mine in held.items()}
     )
+    dispatcher.follow(placement, {worker.address: worker for worker in workers})
     return dispatcher, workers

@@ -51,6 +51,8 @@ def compile_all() -> None:
     routing.group(numbers, 1)
     routing.select(numbers, numbers, numbers[:1], 1)
     routing.owned(numbers, numbers, 1)
+    standing, real = np.zeros(1, np.int8), np.zeros(2)
+    routing.assign(numbers, numbers, numbers[:0], numbers[:0], standing, real, real, real, 1)
     routing.in_order(numbers, numbers, np.zeros(1, np.int32), 1)
     routing.gather(numbers.ctypes.data, 1, _SIZE, at)
     for form in (FLOAT32, BFLOAT16):

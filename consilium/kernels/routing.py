@@ -1,7 +1,7 @@
 """The bookkeeping around the experts of a layer: which rows go where, and the sum of what comes back.
 
 Letters: T tokens, K experts per token, E experts, M experts asked for, P pairs (T · K, or less), D hidden size,
-U distinct tokens of a frame.
+U distinct tokens of a frame, W workers.
 """
 
 from __future__ import annotations
@@ -97,6 +97,87 @@ def owned(owners: Any, experts: Any, workers: int) -> Any:
         positions[found[owner]] = position
         found[owner] += 1
     return positions, starts
+
+
+@kernel
+def assign(
+    starts: Any, holders: Any, experts: Any, counts: Any, standing: Any, load: Any, unit: Any, costs: Any, turn: int
+) -> Any:
+    """Give each of the ``experts`` [M] with ``counts`` [M] rows to one of its holders.
+
+    holders[starts[e]:starts[e + 1]] are the W workers that hold expert e. Of each worker: ``standing`` int8 (0 good, 1
+    only where nobody better holds an expert, 2 never), ``load`` float64 (µs of work that it has), ``unit`` float64 (µs
+    of a row). ``costs`` float64 [2]: reading an expert, in rows, and a frame more, in µs.
+
+    Experts with one holder go there. The others, those with most rows first, go to the one of two holders that would
+    be done earlier; ``turn`` says which two, and who wins a tie. A worker without a frame yet is put off by that frame.
+
+    Their positions [M], worker by worker, ascending, and begins [W + 2], where those of each worker begin; at last
+    those that nobody can take.
+    """
+    workers, asked = load.shape[0], experts.shape[0]
+    reading, frame = costs[0], costs[1]
+    owners, best, found = np.full(asked, workers, np.int64), np.empty(asked, np.int64), np.empty(asked, np.int64)
+    busy, used = load.copy(), np.zeros(workers, np.bool_)
+    for each in range(asked):
+        best[each], found[each] = _best(starts, holders, experts[each], standing)
+        if found[each] == 1:
+            owners[each] = _holder(starts, holders, experts[each], standing, best[each], 0)
+            used[owners[each]] = True
+            busy[owners[each]] += unit[owners[each]] * (reading + counts[each])
+    several = np.nonzero(found > 1)[0]
+    if several.shape[0] > 1:
+        several = several[np.argsort(-counts[several], kind="mergesort")]
+    for each in several:
+        expert, size = experts[each], reading + counts[each]
+        first = (turn + expert) % found[each]
+        second = (first + 1 + (turn // found[each]) % (found[each] - 1)) % found[each]
+        one = _holder(starts, holders, expert, standing, best[each], first)
+        other = _holder(starts, holders, expert, standing, best[each], second)
+        early = busy[one] + unit[one] * size + frame * (not used[one])
+        late = busy[other] + unit[other] * size + frame * (not used[other])
+        chosen = other if late < early else one
+        owners[each], used[chosen] = chosen, True
+        busy[chosen] += unit[chosen] * size
+    return _by_owner(owners, workers)
+
+
+@kernel
+def _best(starts: Any, holders: Any, expert: int, standing: Any) -> Any:
+    """The best standing among an expert's holders, and how many have it; none where all are to get nothing."""
+    best, found = 2, 0
+    if expert + 1 < starts.shape[0]:
+        for worker in holders[starts[expert] : starts[expert + 1]]:
+            if standing[worker] < best:
+                best, found = standing[worker], 0
+            found += standing[worker] == best and best < 2
+    return best, found
+
+
+@kernel
+def _holder(starts: Any, holders: Any, expert: int, standing: Any, wanted: int, number: int) -> int:
+    """The holder with this number among those of the ``wanted`` standing."""
+    for worker in holders[starts[expert] : starts[expert + 1]]:
+        if standing[worker] == wanted:
+            if number == 0:
+                return int(worker)
+            number -= 1
+    return -1
+
+
+@kernel
+def _by_owner(owners: Any, workers: int) -> Any:
+    """Positions [M] of ``owners`` [M] in 0..workers sorted by owner, and begins [workers + 2]."""
+    begins = np.zeros(workers + 2, np.int64)
+    for owner in owners:
+        begins[owner + 1] += 1
+    for owner in range(workers + 1):
+        begins[owner + 1] += begins[owner]
+    found, positions = begins.copy(), np.empty(owners.shape[0], np.int64)
+    for position in range(owners.shape[0]):
+        positions[found[owners[position]]] = position
+        found[owners[position]] += 1
+    return positions, begins
 
 
 @kernel

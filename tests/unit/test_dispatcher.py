@@ -158,7 +158,7 @@ def test_an_error_that_cannot_change_is_not_tried_again(checkpoint: Checkpoint, 
         break_down(worker, InvalidRequest("no"))
     _, failures = dispatched(dispatcher, mailbox)
     assert len(failures) == TOKENS
-    assert all(len(worker.frames) == 1 for worker in workers)
+    assert all(len(worker.frames) <= 1 for worker in workers)
 
 
 def test_a_wrong_reply_goes_to_the_other_replica(checkpoint: Checkpoint, mailbox: Mailbox) -> None:

@@ -210,7 +210,7 @@ def test_without_workers_every_sequence_fails_and_the_engine_goes_on(checkpoint:
         assert story.failure.message.endswith("is unavailable: no worker that holds it is connected")
         assert not story.tokens
     complete = Served(checkpoint)
-    served.engine.dispatcher.placement = complete.engine.dispatcher.placement
+    served.engine.dispatcher.follow(complete.engine.dispatcher.placement, served.engine.dispatcher.workers)
     served.workers[0].address, served.workers[1].address = "worker-0:1", "worker-1:1"
     request = greedy(3, prompt(9, seed=3), 4)
     assert served.run(request)[3].tokens == complete.run(request)[3].tokens
