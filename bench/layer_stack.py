@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from consilium.wire import ROW_DTYPES, WIRE_DTYPES
 from gateway.arithmetic import Arithmetic, find_arithmetic
 from gateway.dispatcher import Dispatcher
 from gateway.expert_meter import ExpertMeter
+from gateway.local_experts import local_experts
 from gateway.mailbox import Mailbox
 from gateway.moe_layer import MoELayer
 from gateway.worker_connection import Expectations
@@ -89,7 +91,8 @@ def connected(
     config = Config.model_validate({"model": str(model), "quantization": quantization, "experts": groups})
     checkpoint = Checkpoint(model)
     reply_dtype = ROW_DTYPES[config.reply_dtype]
-    dispatcher = Dispatcher(reply_dtype, config.gateway.layer_timeout, ExpertMeter(checkpoint.config))
+    local = partial(local_experts, config, checkpoint)
+    dispatcher = Dispatcher(reply_dtype, config.gateway, ExpertMeter(checkpoint.config), local)
 
     def handle(event: object) -> None:
         assert isinstance(event, View)

@@ -25,7 +25,7 @@ from bench.layer_stack import LAYER, Gateway, LayerShape, connected, random_laye
 from bench.machine import describe
 from bench.report import write
 from consilium.frames import Frame
-from gateway.dispatcher import Worker
+from gateway.worker import Worker
 from tests.stack import running
 
 HIDDEN = 1024  # float32: a row takes 4 KiB

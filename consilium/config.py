@@ -33,6 +33,7 @@ _ENDPOINT = re.compile(re.escape(ENDPOINT_SCHEME) + r"([A-Za-z0-9._-]+|\[[0-9A-F
 
 Quantization = Literal["none", "int8", "int8-weight-only"]
 DenseQuantization = Literal["none", "int8"]
+LastReplica = Literal["fail", "wait", "local", "renormalise"]
 RowDType = Literal["float32", "bfloat16"]
 
 
@@ -69,6 +70,16 @@ class GatewayConfig(Section):
     # More than 24 days are more milliseconds than epoll can wait for, and 49 more than a call can say.
     layer_timeout: Duration = Field(
         60.0, gt=0, le=86_400, description="most time a layer waits for its experts, with retries"
+    )
+    last_replica: LastReplica = Field(
+        "fail",
+        description="when nobody holds an expert: fail the request, wait until layer_timeout, compute it here (local), "
+        "or leave it out (renormalise)",
+    )
+    hedging: float = Field(0.05, ge=0, le=1, description="share of frames that a second worker may be asked for, too")
+    audit: float = Field(0.001, ge=0, le=1, description="share of frames that two workers compute, to compare them")
+    ejection_time: Duration = Field(
+        30.0, gt=0, le=86_400, description="how long a worker that keeps failing is left alone at first"
     )
     threads: int | None = Field(None, ge=1, description="compute threads of the engine; all cores by default")
     dense_quantization: DenseQuantization | None = Field(

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from gateway.engine import Engine
 from gateway.expert_meter import ExpertCounts, ExpertMeter
 from gateway.kv_cache import KVPool
 from gateway.kv_store import KVStore
+from gateway.local_experts import local_experts
 from gateway.mailbox import Mailbox
 from gateway.messages import LENGTH_BYTES, Abort, Generate, Status, ToHttp, WorkerStatus, pack, unpack
 from gateway.micro_batches import MicroBatches
@@ -69,7 +70,8 @@ class EngineProcess:
         _check_deployment(config, self._checkpoint.config)
         self._mailbox = Mailbox(self._handle)
         self._meter = ExpertMeter(self._checkpoint.config)
-        self._dispatcher = Dispatcher(reply_dtype, config.gateway.layer_timeout, self._meter)
+        local = partial(local_experts, config, self._checkpoint)
+        self._dispatcher = Dispatcher(reply_dtype, config.gateway, self._meter, local)
         pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
         store = KVStore(pool, prefix_cache=config.gateway.prefix_cache)
         self._cache = self._make_cache(reply_dtype)
@@ -87,7 +89,10 @@ class EngineProcess:
             MicroBatches.of(self._checkpoint.config, config.gateway.micro_batches),
         )
         self._known_experts = KnownExperts()
+        self._view: View | None = None
         self._status: Status | None = None
+        self._dispatcher.crew.on_change = self._report
+        self._dispatcher.crew.on_liar = self._distrust
         self._closed = False
 
     def run(self) -> None:
@@ -121,7 +126,8 @@ class EngineProcess:
                     self._engine.scheduler.forget_prefixes()
                 if self._cache is not None:
                     self._cache.set_identities(event.identities)
-                self._report(event)
+                self._view = event
+                self._report()
             case Closed():
                 self._closed = True
             case _:
@@ -141,12 +147,25 @@ class EngineProcess:
         """Seconds until something is to be told although nothing happens."""
         return min((due for each in self._reporters() if (due := each.due_in()) is not None), default=None)
 
-    def _report(self, view: View) -> None:
-        missing = view.placement.missing(self._checkpoint.config)
+    def _distrust(self) -> None:
+        """A worker answered with wrong numbers: what was computed with them is not used again."""
+        self._engine.scheduler.forget_prefixes()
+        if self._cache is not None:
+            self._cache.forget()
+
+    def _report(self) -> None:
+        if self._view is None:
+            return
+        missing = self._dispatcher.placement.missing(self._checkpoint.config)
+        out = self._dispatcher.crew.out()
+        statuses = [
+            replace(each, detail=out[each.address], ejected=True) if each.address in out else each
+            for each in self._view.statuses
+        ]
         status = Status(
             ready=not missing,
-            detail=_explain(missing, view.statuses) if missing else "ready",
-            workers=view.statuses,
+            detail=_explain(missing, statuses) if missing else "ready",
+            workers=statuses,
             kv_tokens_total=self._engine.scheduler.store.pool.total_tokens,
             missing_experts=len(missing),
         )

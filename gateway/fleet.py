@@ -45,6 +45,12 @@ class Fleet:
         """µs of work that each worker has in flight for this gateway [W]."""
         return self.work * self.unit
 
+    def doubt(self, address: str, *, doubtful: bool) -> None:
+        """Whether a worker is asked only where nobody better holds an expert."""
+        place = self.index.get(address)
+        if place is not None:
+            self.standing[place] = doubtful
+
     def sent(self, address: str, size: int) -> None:
         """A frame of this size (see :func:`frame_size`) is on its way."""
         place = self.index.get(address)

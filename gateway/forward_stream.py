@@ -16,8 +16,8 @@ from consilium.errors import ConsiliumError, ExpertUnavailable
 from consilium.frames import decode_result
 from consilium.rpc import from_call_error
 from consilium.tokens import Metadata
-from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
+from gateway.worker import Reply
 from protos.expert.v1 import expert_pb2
 
 _METHOD = "/expert.v1.ExpertService/Forward"

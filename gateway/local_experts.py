@@ -6,9 +6,13 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
+from consilium.config import Config
 from consilium.experts import Arithmetic, ExpertWeights
+from consilium.frames import Frame
 from gateway.batches import ExpertBatches, ExpertOutputs
 
 T = TypeVar("T")
@@ -20,6 +24,16 @@ class LocalExperts:
     def __init__(self, checkpoint: Checkpoint, arithmetic: Arithmetic) -> None:
         self._checkpoint, self._arithmetic = checkpoint, arithmetic
         self._held: dict[tuple[int, int], ExpertWeights] = {}
+
+    @property
+    def numerics_class(self) -> str:
+        """As workers state it."""
+        return self._arithmetic.numerics_class
+
+    def rows(self, frame: Frame) -> Tensor:
+        """What a worker answers to ``frame``: [P, D]. Raises CheckpointError."""
+        experts = [self._expert(frame.layer, expert) for expert in frame.experts]
+        return self._arithmetic.compute(experts, frame.offsets, frame.rows, frame.scales, indices=frame.indices)
 
     async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
         """The output rows of ``batches.slots``; nothing fails."""
@@ -35,6 +49,12 @@ class LocalExperts:
         if (layer, expert) not in self._held:
             self._held[layer, expert] = self._arithmetic.prepare(self._checkpoint.expert(layer, expert))
         return self._held[layer, expert]
+
+
+def local_experts(config: Config, checkpoint: Checkpoint) -> LocalExperts:
+    """Experts as this deployment's workers compute them. Raises ConsiliumError when this CPU has no right kernel."""
+    sizes = checkpoint.config.hidden_size, checkpoint.config.expert_size
+    return LocalExperts(checkpoint, find_arithmetic(config.quantization, config.reply_dtype, *sizes))
 
 
 def run_now(coroutine: Coroutine[Any, None, T]) -> T:

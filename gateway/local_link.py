@@ -25,8 +25,8 @@ from consilium.link_packets import ERROR, RESULT, Block, CallPacket, RowFormat, 
 from consilium.local_socket import PACKET, new_socket, send_with_descriptor, socket_address
 from consilium.rpc import from_call_error
 from consilium.shared_memory import Regions, SharedMemory
-from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
+from gateway.worker import Reply
 from protos.expert.v1 import expert_pb2
 
 WELCOME_SECONDS = 5.0

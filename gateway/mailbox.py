@@ -11,22 +11,39 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
-from typing import Any, Generic, TypeVar
+from math import inf
+from typing import Any, Generic, Protocol, TypeVar
 
 from consilium.errors import DeadlineExceeded
 
 T = TypeVar("T")
 
 
+class Awaited(Protocol):
+    """What an engine coroutine may wait for."""
+
+    deadline: float  # on time.monotonic's clock
+
+    @property
+    def outcome(self) -> object | None:
+        """None while it is to be waited for."""
+        ...
+
+    def expire(self) -> None:
+        """The deadline has come."""
+        ...
+
+
 class Completion(Generic[T]):
     """A result that another thread will post; engine coroutines await it."""
 
-    __slots__ = ("_on_expiry", "deadline", "outcome")
+    __slots__ = ("_on_expiry", "deadline", "outcome", "then")
 
     def __init__(self, deadline: float, on_expiry: Callable[[], None]) -> None:
         self.deadline = deadline  # on time.monotonic's clock
         self.outcome: T | Exception | None = None
         self._on_expiry = on_expiry
+        self.then: Callable[[T | Exception], None] | None = None  # told of the outcome, where nobody awaits it
 
     def __await__(self) -> Generator[Completion[T], None, T]:
         while self.outcome is None:
@@ -39,11 +56,38 @@ class Completion(Generic[T]):
         """Set the outcome; the first one stands."""
         if self.outcome is None:
             self.outcome = outcome
+            if self.then is not None:
+                self.then(outcome)
 
     def expire(self) -> None:
         """Give up waiting."""
         self._on_expiry()
         self.settle(DeadlineExceeded("an expert worker did not answer in time"))
+
+
+class FirstOf:
+    """Awaited until one of several completions has an outcome, or until ``wake`` on time.monotonic's clock."""
+
+    __slots__ = ("_completions", "_woken", "deadline")
+
+    def __init__(self, completions: Collection[Completion[Any]], wake: float = inf) -> None:
+        self._completions, self._woken = completions, False
+        self.deadline = min([wake, *(each.deadline for each in completions)])
+
+    @property
+    def outcome(self) -> object | None:
+        return True if self._woken or any(each.outcome is not None for each in self._completions) else None
+
+    def __await__(self) -> Generator[FirstOf, None, None]:
+        while self.outcome is None:
+            yield self
+
+    def expire(self) -> None:
+        """Wake up; completions whose own deadline has come expire."""
+        self._woken, now = True, time.monotonic()
+        for each in self._completions:
+            if each.outcome is None and each.deadline <= now:
+                each.expire()
 
 
 class Mailbox:
@@ -107,17 +151,17 @@ class Mailbox:
                 os.eventfd_read(self._wake)
         return bool(ready or self._events)
 
-    def drive(self, coroutine: Coroutine[Completion[Any], None, T]) -> T:
+    def drive(self, coroutine: Coroutine[Awaited, None, T]) -> T:
         """Run ``coroutine`` to its end, taking events whenever it awaits."""
         return self.drive_all([coroutine])[0]
 
-    def drive_all(self, coroutines: Sequence[Coroutine[Completion[Any], None, T]]) -> list[T]:
+    def drive_all(self, coroutines: Sequence[Coroutine[Awaited, None, T]]) -> list[T]:
         """Run ``coroutines`` to their ends, side by side: each goes on as soon as what it awaits is there.
 
         Events are taken whenever all of them wait. Raises what the first of them raises; the others are closed.
         """
         results: dict[int, T] = {}
-        waiting: dict[int, Completion[Any] | None] = dict.fromkeys(range(len(coroutines)))
+        waiting: dict[int, Awaited | None] = dict.fromkeys(range(len(coroutines)))
         try:
             while waiting:
                 ready = [place for place, what in waiting.items() if what is None or what.outcome is not None]
@@ -133,7 +177,7 @@ class Mailbox:
                 coroutines[place].close()
         return [results[place] for place in range(len(coroutines))]
 
-    def _await(self, waiting: Collection[Completion[Any] | None]) -> None:
+    def _await(self, waiting: Collection[Awaited | None]) -> None:
         """Return once one of them has its outcome."""
         while waiting and all(each is not None and each.outcome is None for each in waiting):
             soonest = min((each for each in waiting if each is not None), key=lambda each: each.deadline)

@@ -120,6 +120,11 @@ class WorkerStats:
     rows: int = 0  # (token, expert) pairs
     failures: int = 0
     failovers: int = 0  # frames it got because another worker had failed
+    hedges: int = 0  # because another one was late
+    late: int = 0  # frames of its own that others answered before it did
+    audits: int = 0  # frames it computed only to compare
+    lies: int = 0  # frames that it answered with wrong numbers
+    ejections: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
     queue_seconds: float = 0.0
@@ -172,6 +177,7 @@ class WorkerStatus:
     detail: str = ""  # why it is not connected or not used
     experts: int = 0  # (layer, expert) pairs it holds
     transport: Literal["", "grpc", "local"] = ""  # what frames go over, while it is connected
+    ejected: bool = False  # connected, but left alone
 
 
 @dataclass(frozen=True, slots=True, config=_CONFIG)

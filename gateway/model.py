@@ -15,12 +15,12 @@ from consilium.rope import Rope
 from consilium.silu import silu_and_multiply
 from gateway.arithmetic import Arithmetic
 from gateway.attention import Attention, Batch, Segment
-from gateway.dispatcher import ExpertSource
 from gateway.fused_attention import FusedAttention
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
 from gateway.norm import RMSNorm
 from gateway.stage_clock import StageClock
+from gateway.worker import ExpertSource
 
 
 class FeedForward(Protocol):

@@ -19,8 +19,8 @@ from consilium.kernels.float_tile import LANES
 from gateway.arithmetic import Arithmetic
 from gateway.attention import PRODUCTS_PER_BYTE, Batch
 from gateway.batches import combine, group_by_expert, keep_tokens
-from gateway.dispatcher import ExpertSource
 from gateway.stage_clock import StageClock
+from gateway.worker import ExpertSource
 
 
 class MoELayer:

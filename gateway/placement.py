@@ -67,6 +67,11 @@ class Placement:
         """The same for one layer; nobody holds anything of a layer that is not known."""
         return self.layers.get(layer) or _layer_holders(self.addresses, {})
 
+    def without(self, addresses: Collection[str]) -> Placement:
+        """The same without some workers."""
+        left = {expert: tuple(each for each in many if each not in addresses) for expert, many in self.holders.items()}
+        return Placement({expert: many for expert, many in left.items() if many})
+
     def missing(self, config: ModelConfig) -> list[tuple[int, int]]:
         """The experts (layer, expert) that nobody holds, ascending."""
         wanted = ((layer, expert) for layer in config.expert_layers() for expert in range(config.num_experts))

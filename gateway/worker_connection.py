@@ -27,10 +27,10 @@ from consilium.link_packets import RowFormat
 from consilium.rpc import channel_options, from_rpc_error
 from consilium.tokens import Metadata
 from consilium.wire import TORCH_DTYPES
-from gateway.dispatcher import Reply
 from gateway.forward_stream import ForwardStream
 from gateway.local_link import LocalLink, open_link
 from gateway.mailbox import Completion, Mailbox
+from gateway.worker import Reply
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.tensor.v1 import tensor_pb2
 
@@ -95,6 +95,11 @@ class WorkerConnection:
         self._suspect = asyncio.Event()
         self._link: LocalLink | None = None
         self._lost = self._no_link = ""  # why the last link was, and why there is none
+
+    @property
+    def identity(self) -> str:
+        """Of the process that is connected; empty while it is not described."""
+        return "" if self.description is None else self.description.worker_id
 
     @property
     def numerics_class(self) -> str:

@@ -18,6 +18,11 @@ _COUNTERS = {
     "rows": ("rows", "Rows computed: (token, expert) pairs"),
     "failures": ("failures", "Frames that failed or came too late"),
     "failovers": ("failovers", "Frames it got because another worker had failed"),
+    "hedges": ("hedges", "Frames it got because another worker was late"),
+    "late": ("late", "Frames that another worker answered before it did"),
+    "audits": ("audits", "Frames it computed only to be compared"),
+    "lies": ("lies", "Frames that an audit found wrong"),
+    "ejections": ("ejections", "Times it was left alone because it kept failing"),
     "bytes_sent": ("sent_bytes", "Bytes of the frames sent"),
     "bytes_received": ("received_bytes", "Bytes of the replies"),
     "queue_seconds": ("queue_seconds", "Time frames waited in the worker"),
@@ -70,14 +75,16 @@ class WorkerMetrics(Collector):
         connected = GaugeMetricFamily(_PREFIX + "connected", "1 while the worker is reached", labels=_LABELS)
         experts = GaugeMetricFamily(_PREFIX + "experts", "(layer, expert) pairs it holds", labels=_LABELS)
         local = GaugeMetricFamily(_PREFIX + "local", "1 while frames go over a local link", labels=_LABELS)
+        ejected = GaugeMetricFamily(_PREFIX + "ejected", "1 while it is left alone for its failures", labels=_LABELS)
         calls = HistogramMetricFamily(_PREFIX + "expert_call_rows", "Rows of one expert in one frame", labels=_LABELS)
         for labels, worker in self._labelled():
             connected.add_metric(labels, worker.status.connected)
             experts.add_metric(labels, worker.status.experts)
+            ejected.add_metric(labels, worker.status.ejected)
             local.add_metric(labels, worker.status.transport == "local")
             buckets = list(zip(_BOUNDS, accumulate(worker.expert_calls), strict=True))
             calls.add_metric(labels, buckets, worker.counts["rows"])
-        yield from (connected, experts, local, calls)
+        yield from (connected, experts, local, ejected, calls)
 
     def _labelled(self) -> Iterator[tuple[tuple[str, str, str], _Worker]]:
         for (group, address), worker in self._workers.items():

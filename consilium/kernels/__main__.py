@@ -56,6 +56,7 @@ def compile_all() -> None:
     routing.in_order(numbers, numbers, np.zeros(1, np.int32), 1)
     routing.gather(numbers.ctypes.data, 1, _SIZE, at)
     for form in (FLOAT32, BFLOAT16):
+        routing.all_finite(form, at, 1)
         routing.weighted_sum(form, numbers.ctypes.data, at, 1, 1, _SIZE, at)
         attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, alone(1))
         for kind in candidates()[:1]:  # what is proved first; others are for tests

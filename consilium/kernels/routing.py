@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from consilium.kernels.arithmetic import from_bfloat16
-from consilium.kernels.compiler import bytes_, floats, halves, kernel, longs
+from consilium.kernels.compiler import bytes_, floats, halves, ints, kernel, longs
 
 
 @kernel
@@ -128,16 +128,16 @@ def assign(
     several = np.nonzero(found > 1)[0]
     if several.shape[0] > 1:
         several = several[np.argsort(-counts[several], kind="mergesort")]
-    for each in several:
-        expert, size = experts[each], reading + counts[each]
-        first = (turn + expert) % found[each]
-        second = (first + 1 + (turn // found[each]) % (found[each] - 1)) % found[each]
-        one = _holder(starts, holders, expert, standing, best[each], first)
-        other = _holder(starts, holders, expert, standing, best[each], second)
+    for place in several:
+        expert, size = experts[place], reading + counts[place]
+        first = (turn + expert) % found[place]
+        second = (first + 1 + (turn // found[place]) % (found[place] - 1)) % found[place]
+        one = _holder(starts, holders, expert, standing, best[place], first)
+        other = _holder(starts, holders, expert, standing, best[place], second)
         early = busy[one] + unit[one] * size + frame * (not used[one])
         late = busy[other] + unit[other] * size + frame * (not used[other])
         chosen = other if late < early else one
-        owners[each], used[chosen] = chosen, True
+        owners[place], used[chosen] = chosen, True
         busy[chosen] += unit[chosen] * size
     return _by_owner(owners, workers)
 
@@ -168,7 +168,7 @@ def _holder(starts: Any, holders: Any, expert: int, standing: Any, wanted: int, 
 @kernel
 def _by_owner(owners: Any, workers: int) -> Any:
     """Positions [M] of ``owners`` [M] in 0..workers sorted by owner, and begins [workers + 2]."""
-    begins = np.zeros(workers + 2, np.int64)
+    begins = np.zeros(workers + 2, np.int64)  # of each owner
     for owner in owners:
         begins[owner + 1] += 1
     for owner in range(workers + 1):
@@ -195,6 +195,21 @@ def in_order(experts: Any, offsets: Any, indices: Any, rows: int) -> bool:
     for index in indices:
         outside += index < 0 or index >= rows
     return outside == 0
+
+
+@kernel
+def all_finite(form: Any, address: int, count: int) -> bool:
+    """Whether so many elements at ``address``, float32 or bfloat16 as ``form`` says, are all finite."""
+    # What is not finite has all bits of its exponent set: so it is the largest, but for the sign.
+    if len(form) == 0:
+        long = np.int32(0)
+        for bits in ints(address, count):
+            long = max(long, np.int32(bits & np.int32(0x7FFFFFFF)))
+        return bool(long < 0x7F800000)
+    short = np.uint16(0)
+    for half in halves(address, count):
+        short = max(short, np.uint16(half & np.uint16(0x7FFF)))
+    return bool(short < 0x7F80)
 
 
 @kernel

@@ -8,6 +8,7 @@ Letters: T tokens of the step, D hidden size, K experts per token, n rows among 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 
@@ -25,10 +26,12 @@ from gateway.cache.memory import MemoryCache
 from gateway.cache.meter import CacheMeter
 from gateway.cache.remote import RemoteCache
 from gateway.cache.value import RowCodec
-from gateway.dispatcher import ExpertSource
 from gateway.mailbox import Mailbox
 from gateway.messages import CacheStats
 from gateway.placement import ExpertIdentity
+from gateway.worker import ExpertSource
+
+log = logging.getLogger(__name__)
 
 
 def make_cache(
@@ -67,6 +70,12 @@ class CachedDispatcher:
         """What decides the bits of each expert from now on."""
         if identities != self._keys.identities:
             self._keys = RowKeys(identities, str(self._dtype), self._salt)
+
+    def forget(self) -> None:
+        """A worker answered with wrong numbers: use nothing of what is kept here."""
+        self._memory.clear()
+        if self.remote is not None:
+            log.error("the Redis of the cache may hold rows of a worker that lied: delete them, or change cache.salt")
 
     async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
         """As the dispatcher's; failed rows are not kept."""

@@ -33,6 +33,10 @@ class MemoryCache:
         """Bytes in use."""
         return len(self._places) * self._entry_bytes
 
+    def clear(self) -> None:
+        """Know nothing any more."""
+        self._places.clear()
+
     def find(self, keys: Sequence[bytes | None]) -> tuple[list[int], Tensor]:
         """Which of ``keys`` are known, and their rows [n, K, D]; those are now the most recently used ones."""
         found: list[int] = []

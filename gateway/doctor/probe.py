@@ -23,9 +23,9 @@ from consilium.frames import Frame
 from consilium.rpc import DEFAULT_MAX_FRAME, channel_options, from_rpc_error
 from consilium.tokens import Metadata
 from consilium.wire import TORCH_DTYPES
-from gateway.dispatcher import Reply
 from gateway.doctor.verdict import FEW, MANY, Timing
 from gateway.mailbox import Completion, Mailbox
+from gateway.worker import Reply
 from gateway.worker_connection import DESCRIBE_TIMEOUT, Expectations, WorkerConnection
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 

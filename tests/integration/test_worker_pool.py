@@ -21,10 +21,10 @@ from consilium.frames import PROTOCOL_VERSION, Frame
 from consilium.rpc import server_options
 from consilium.wire import encode_tensor
 from gateway import worker_connection, worker_pool
-from gateway.dispatcher import Reply
 from gateway.mailbox import Completion, Mailbox
 from gateway.messages import WorkerStatus
 from gateway.placement import describe_missing
+from gateway.worker import Reply
 from gateway.worker_connection import Expectations
 from gateway.worker_pool import View, WorkerPool
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc

@@ -20,9 +20,9 @@ from consilium.quantization import quantize_rows
 from consilium.shared_memory import ALIGNMENT, SharedMemory
 from expert_service.executor import Executor
 from expert_service.local_link import LocalLink as WorkerLink
-from gateway.dispatcher import Reply
 from gateway.local_link import LocalLink
 from gateway.mailbox import Completion, Mailbox
+from gateway.worker import Reply
 from protos.expert.v1 import expert_pb2
 from tests.links import shared_memory, socket_pair
 from tests.unit.test_executor import LAYER, compute, make_computer, make_frame
