@@ -55,6 +55,7 @@ class Batch:
     cos: Tensor  # [T, d/2] float32
     sin: Tensor  # [T, d/2] float32
     failures: dict[int, Exception] = field(default_factory=dict)  # row to why it has no valid result
+    stood_in: dict[int, int] = field(default_factory=dict)  # row to layers in which nobody held one of its experts
     table: NDArray[np.int64] = field(init=False)  # the segments' numbers
     positions: int = field(init=False)  # of the longest sequence, in whole blocks
     _workspace: Tensor | None = field(default=None, init=False)

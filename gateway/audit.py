@@ -41,16 +41,19 @@ class Audit:
     def verdict(self, truth: Tensor | None = None) -> tuple[Tensor | None, list[Worker]]:
         """The rows [P, D] that are right, and who answered with others; ``truth`` is what they are, if that is known.
 
-        Without it most are right. No rows where that cannot be told.
+        Without it most are right, of those with finite numbers if there are any. No rows where that cannot be told.
         """
         if truth is None:
-            votes = [sum(_equal(rows, other) for _, other in self.answers) for _, rows in self.answers]
+            all_rows = [rows for _, rows in self.answers]
+            count = [rows for rows in all_rows if rows.isfinite().all()] or all_rows
+            votes = [sum(_equal(rows, other) for other in count) for rows in count]
             if not 2 * max(votes) > len(votes):
                 return None, []
-            truth = self.answers[votes.index(max(votes))][1]
+            truth = count[votes.index(max(votes))]
         return truth, [worker for worker, rows in self.answers if not _equal(rows, truth)]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Bit by bit."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    """Bit by bit, but for the bits of what is not a number."""
+    bits = [torch.where(rows.isnan(), torch.zeros((), dtype=rows.dtype), rows).view(torch.uint8) for rows in (a, b)]
+    return torch.equal(*bits) and torch.equal(a.isnan(), b.isnan())

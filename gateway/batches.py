@@ -74,6 +74,8 @@ class ExpertOutputs:
         """``dtype`` is that of all rows: float32 or bfloat16."""
         self.hidden_size, self.dtype = hidden_size, dtype
         self.addresses = np.zeros(places, np.int64)
+        self.left_out: NDArray[np.int64] | None = None  # slots whose experts nobody holds
+        self.stood_in: set[int] = set()  # rows for which something else was done because nobody held an expert
         self._memory: list[Tensor] = []  # that the rows lie in
         self._releases: list[Callable[[], None]] = []
 
@@ -90,6 +92,10 @@ class ExpertOutputs:
     def drop(self, slots: NDArray[np.int64]) -> None:
         """There is no row for these."""
         self.addresses[slots] = 0
+
+    def leave_out(self, slots: NDArray[np.int64]) -> None:
+        """There is no row for these, and the other experts of their tokens make up for them (:func:`renormalised`)."""
+        self.left_out = slots if self.left_out is None else np.concatenate([self.left_out, slots])
 
     def rows(self, slots: NDArray[np.int64]) -> Tensor:
         """A copy of the rows of ``slots`` [P]: [P, D]."""
@@ -115,3 +121,15 @@ def combine(outputs: ExpertOutputs, routing: Routing) -> Tensor:
     places = outputs.addresses.ctypes.data, weights.data_ptr()
     kernel.weighted_sum(form, *places, tokens, top_k, outputs.hidden_size, total.data_ptr())
     return total
+
+
+def renormalised(routing: Routing, left_out: NDArray[np.int64]) -> tuple[Routing, list[int]]:
+    """Weights that are 0 for slots ``left_out``, and sum up to the same for each token; and tokens with none left."""
+    weights = routing.weights.clone()  # [T, K]
+    weights.view(-1)[torch.from_numpy(left_out)] = 0
+    whole, left = routing.weights.sum(dim=1), weights.sum(dim=1)  # [T]
+    factors = torch.where(left > 0, whole / left, torch.zeros(()))
+    changed = np.unique(left_out // routing.ids.shape[1])
+    for row in changed:  # the others keep their bits
+        weights[row] *= factors[row]
+    return Routing(routing.ids, weights), [int(row) for row in changed if not left[row] > 0]

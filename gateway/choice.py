@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gateway.detokenizer import Detokenizer, StopStrings, decode_prompt
 from gateway.logprobs import Entry
@@ -70,6 +71,7 @@ class Choice:
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
+        self.last_replica: dict[str, int] = {}  # rows that needed an expert that nobody held, by what was done
         self._options = options
         self._clock = clock
         self._detokenizer = Detokenizer(vocabulary, options.skip_special_tokens, prompt.ids)
@@ -89,6 +91,7 @@ class Choice:
             self._clock.queued(output.queue_seconds)
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens
+        self.last_replica = output.last_replica or self.last_replica
         if output.prompt_logprobs:
             self._take_prompt_logprobs(output.prompt_logprobs)
         if output.token is not None:
@@ -96,6 +99,11 @@ class Choice:
         if output.finish_reason is not None and self.finish_reason is None:
             self._end(output.finish_reason, output.stop_reason)
         return self._show() if output.token is not None or self.finish_reason is not None else None
+
+    def extensions(self) -> dict[str, Any]:
+        """Members of the choice that OpenAI's API does not have; none as long as all is well."""
+        ended = self.finish_reason is not None and self.last_replica
+        return {"consilium_last_replica": self.last_replica} if ended else {}
 
     def _echo(self, vocabulary: Vocabulary) -> None:
         text, self._prompt_offsets = decode_prompt(vocabulary, self.prompt.ids, self._options.skip_special_tokens)

@@ -43,6 +43,7 @@ class Attempt:
 
     kind: Kind
     worker: Worker
+    frame: Frame
     positions: NDArray[np.int64]  # of its experts, in ExpertBatches
     pairs: NDArray[np.int64]  # that it covers [P]
     call: Completion[Reply]
@@ -142,7 +143,7 @@ class Crew:
         """
         worker, positions, pairs, rows = to
         now, most = time.monotonic(), worker.time_limit(rows)
-        sent = Attempt(kind, worker, positions, pairs, worker.send(frame, min(deadline, now + most)), rows)
+        sent = Attempt(kind, worker, frame, positions, pairs, worker.send(frame, min(deadline, now + most)), rows)
         self.retries.active += 1
         if kind is not Kind.FIRST:
             self.retries.retries += kind is Kind.RETRY

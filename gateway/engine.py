@@ -36,6 +36,7 @@ class Engine:
     eos_token_ids: tuple[int, ...]
     micro_batches: MicroBatches
     _current: dict[int, tuple[Batch, Segment]] = field(default_factory=dict, init=False)  # of the step, by sequence
+    _stood_in: int = field(default=0, init=False)  # of the step, rows for which an expert had no worker
 
     @property
     def has_work(self) -> bool:
@@ -71,13 +72,16 @@ class Engine:
                 finish_reason=sequence.finish_reason,
                 stop_reason=sequence.stop_reason,
                 failure=sequence.failure,
+                last_replica=self._policy(sequence.stood_in) or None,
             )
         stats = replace(
             self.stats(),
             step_seconds=time.monotonic() - started,
             prompt_tokens=prompt_tokens,
             generated_tokens=sum(each.token is not None for each in outputs.values()),
+            last_replica=self._policy(self._stood_in),
         )
+        self._stood_in = 0
         if work:
             rows = sum(each.length for each in work)
             self.micro_batches.learn(rows, len(parts), stats)
@@ -131,6 +135,8 @@ class Engine:
         end = 0
         for each, batch, segment in placed:
             sequence, start, end = each.sequence, end, end + each.length
+            if batch.stood_in:
+                self._note(sequence, sum(batch.stood_in.get(row, 0) for row in segment.rows))
             failed = next((row for row in segment.rows if row in batch.failures), None)
             if failed is not None:
                 if not sequence.finish_reason:  # else it was aborted
@@ -143,6 +149,17 @@ class Engine:
             if not sequence.uncomputed and not sequence.finish_reason:
                 due.append((sequence, end - 1))
         return outputs | self._choose(due, hidden, outputs)
+
+    def _note(self, sequence: Sequence, rows: int) -> None:
+        """So many rows of a sequence needed an expert that no worker held."""
+        sequence.stood_in += rows
+        self._stood_in += rows
+        if rows and self.dispatcher.crew.config.last_replica == "renormalise":
+            self.scheduler.store.distrust(sequence)  # another time its tokens have other keys and values
+
+    def _policy(self, rows: int) -> dict[str, int]:
+        """What was done for so many rows."""
+        return {self.dispatcher.crew.config.last_replica: rows} if rows else {}
 
     def _batch(self, work: list[Work]) -> Batch:
         tokens: list[int] = []

@@ -93,6 +93,7 @@ class EngineProcess:
         self._status: Status | None = None
         self._dispatcher.crew.on_change = self._report
         self._dispatcher.crew.on_liar = self._distrust
+        self._goes_on = False  # requests are taken although experts are missing
         self._closed = False
 
     def run(self) -> None:
@@ -157,13 +158,15 @@ class EngineProcess:
         if self._view is None:
             return
         missing = self._dispatcher.placement.missing(self._checkpoint.config)
+        # Who has been complete once can do without a worker, if it is to.
+        self._goes_on |= not missing and self._config.gateway.last_replica != "fail"
         out = self._dispatcher.crew.out()
         statuses = [
             replace(each, detail=out[each.address], ejected=True) if each.address in out else each
             for each in self._view.statuses
         ]
         status = Status(
-            ready=not missing,
+            ready=not missing or self._goes_on,
             detail=_explain(missing, statuses) if missing else "ready",
             workers=statuses,
             kv_tokens_total=self._engine.scheduler.store.pool.total_tokens,

@@ -72,11 +72,15 @@ class KVStore:
             self.pool.free(sequence.cache)
         sequence.cache, sequence.entry, sequence.published = None, None, 0
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Nobody else is to reuse what this one computes."""
+        self.prefixes.withdraw(sequence.entry)
+        sequence.entry, sequence.reusable = None, False
+
     def forget(self, running: Iterable[Sequence]) -> None:
         """Reuse nothing that was computed up to now."""
         for sequence in running:
-            self.prefixes.withdraw(sequence.entry)
-            sequence.entry, sequence.reusable = None, False
+            self.distrust(sequence)
         self.prefixes.clear()
 
     def take_queries(self) -> tuple[int, int]:

@@ -61,7 +61,8 @@ class LayerCall:
         self._open: list[Attempt] = []
         self._again: list[int] = []  # positions (in batches.experts) that failed, and may be had elsewhere
         self._stranded: list[int] = []  # those that wait for somebody to come
-        self._excluded: dict[str, ConsiliumError] = {}
+        self._errors: dict[str, ConsiliumError] = {}  # of each worker the newest
+        self._excluded: dict[str, ConsiliumError] = {}  # those that are not asked again
         self._answered: set[int] | None = None  # positions, from when some are asked for twice
 
     async def run(self) -> None:
@@ -149,7 +150,7 @@ class LayerCall:
         if time.monotonic() < self._deadline:
             self._ask(again, Kind.RETRY)
         else:
-            self._fail(again, lambda expert: unavailable(self._layer, expert, self._excluded))
+            self._fail(again, lambda expert: unavailable(self._layer, expert, self._errors))
 
     def _probe(self) -> None:
         """Send a copy of an expert's rows to those on probation; nobody waits for the answer."""
@@ -179,6 +180,9 @@ class LayerCall:
             return
         self._crew.answered(attempt, outcome)
         self.waits.add(outcome)
+        if attempt.audit is None and self._choice and not self._finite(rows):
+            # The model's weights are damaged, or the worker is: another one says which.
+            self._audit(attempt, attempt.frame)
         if attempt.audit is None:
             self._place(attempt, rows, outcome.release)
             return
@@ -186,14 +190,13 @@ class LayerCall:
         if not attempt.audit.waiting:
             self._judge(attempt, attempt.audit)
 
+    def _finite(self, rows: Tensor) -> bool:
+        rows = rows.contiguous()
+        return bool(all_finite(self._form, rows.data_ptr(), rows.numel()))
+
     def _rows(self, reply: Reply, pairs: int) -> Tensor:
-        """The rows [P, D] of a reply. Raises WireError when they are not what was asked for, or no numbers."""
-        rows = reply.rows(pairs, self._outputs.hidden_size, self._outputs.dtype).contiguous()
-        if not all_finite(self._form, rows.data_ptr(), rows.numel()):
-            raise WireError(
-                "result rows: some are not finite numbers; the worker, or the model's weights, may be broken"
-            )
-        return rows
+        """The rows [P, D] of a reply. Raises WireError when they are not what was asked for."""
+        return reply.rows(pairs, self._outputs.hidden_size, self._outputs.dtype)
 
     def _place(self, attempt: Attempt, rows: Tensor, release: Callable[[], None]) -> None:
         self._outputs.place(rows, self._batches.slots[attempt.pairs], release)
@@ -207,7 +210,7 @@ class LayerCall:
         if isinstance(error, InvalidRequest):  # of this gateway, not of its client
             error = ConsiliumError(f"a worker refused a frame of this gateway: {error.message}")
         if error.retryable:
-            self._excluded[attempt.worker.address] = error
+            self._excluded[attempt.worker.address] = self._errors[attempt.worker.address] = error
         audit = attempt.audit
         if audit is not None:
             audit.waiting -= 1
@@ -240,10 +243,32 @@ class LayerCall:
     def _orphaned(self, positions: list[int]) -> None:
         """Nobody can take these: what happens is the deployment's choice."""
 
-        def error_of(expert: int) -> Exception:
-            return unavailable(self._layer, expert, self._excluded)
+        batches, policy = self._batches, self._crew.config.last_replica
+        if policy == "wait":
+            self._stranded += positions
+        elif policy == "local":
+            positions = self._compute(positions)
+        elif policy == "renormalise":
+            for position in positions:
+                self._outputs.leave_out(batches.slots[batches.offsets[position] : batches.offsets[position + 1]])
+        else:
+            self._fail(positions, lambda expert: unavailable(self._layer, expert, self._errors))
+            return
+        for position in positions:
+            rows = batches.tokens[batches.offsets[position] : batches.offsets[position + 1]]
+            self._outputs.stood_in.update(rows.tolist())
 
-        self._fail(positions, error_of)
+    def _compute(self, positions: list[int]) -> list[int]:
+        """Compute these here, from the checkpoint; those that could be had."""
+        frame, pairs = build_frame(self._layer, self._batches, np.array(positions, np.int64))
+        try:
+            rows = self._crew.local().rows(frame)
+        except ConsiliumError as error:
+            log.error("experts %s of layer %d cannot be computed here: %s", frame.experts, self._layer, error.message)
+            self._fail(positions, lambda expert: unavailable(self._layer, expert, self._errors))
+            return []
+        self._outputs.place(rows, self._batches.slots[pairs])
+        return positions
 
     # -- asking twice --------------------------------------------------------------------------------------------
 
@@ -271,7 +296,8 @@ class LayerCall:
     def _drop_losers(self) -> None:
         """Wait no longer for what others have answered."""
         if self._answered:
-            lost = [each for each in self._open if self._answered.issuperset(each.positions.tolist())]
+            covered = [each for each in self._open if self._answered.issuperset(each.positions.tolist())]
+            lost = [each for each in covered if each.audit is None]  # others are judged
             for attempt in lost:
                 self._open.remove(attempt)
                 self._crew.abandon(attempt)

@@ -104,6 +104,8 @@ class Output:
     queue_seconds: float | None = None
     # Prompt tokens that were not computed because others had them in their cache; on the first news, too.
     cached_tokens: int | None = None
+    # By policy (gateway.last_replica): rows of all layers that needed an expert that nobody held; with finish_reason.
+    last_replica: dict[str, int] | None = None
 
 
 # Bounds of the buckets in which expert calls are counted by their rows; the last bucket has none.
@@ -153,6 +155,7 @@ class EngineStats:
     workers: list[WorkerStats] = field(default_factory=list)
     # Seconds of the engine's thread in each stage of gateway.stage_clock since the last message.
     stages: dict[str, float] = field(default_factory=dict)
+    last_replica: dict[str, int] = field(default_factory=dict)  # rows of all layers, by policy
     micro_batches: int = 1  # that the step was computed as, and what was weighed, in seconds of a layer
     hop_seconds: float = 0.0
     rereading_seconds: float = 0.0

@@ -93,6 +93,8 @@ class Metrics:
             self.micro_batches.set(stats.micro_batches)
             self.hop_seconds.set(stats.hop_seconds)
             self.rereading_seconds.set(stats.rereading_seconds)
+        for policy, rows in stats.last_replica.items():
+            self._last_replica.labels(self._model, policy).inc(rows)
         for stage, seconds in stats.stages.items():
             self._stages[stage].inc(max(0.0, seconds))
         self._workers.count(stats.workers)
@@ -143,6 +145,8 @@ class Metrics:
         # Others call it iteration_tokens_total, but promtool wants that ending for counters alone.
         self.step_tokens = self._histogram("iteration_tokens", "Tokens computed in one step", _STEP_TOKENS)
         self.step_seconds = self._histogram("iteration_seconds", "Duration of one step", _STEP)
+        text = "Rows (of every layer) that needed an expert that no worker held, by what was done instead"
+        self._last_replica = self._counter("last_replica_rows", text, "policy")
         self._overlap()
         stages = self._counter("engine_stage_seconds", "Time of the engine's thread by stage of a step", "stage")
         self._stages = {stage: stages.labels(self._model, stage) for stage in STAGES}

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from consilium import parallel
 from consilium.checkpoint import Checkpoint
+from consilium.errors import ExpertUnavailable
 from consilium.gate import Routing
 from consilium.kernels import gate as kernel
 from consilium.kernels.float_tile import LANES
 from gateway.arithmetic import Arithmetic
 from gateway.attention import PRODUCTS_PER_BYTE, Batch
-from gateway.batches import combine, group_by_expert, keep_tokens
+from gateway.batches import ExpertOutputs, combine, group_by_expert, keep_tokens, renormalised
 from gateway.stage_clock import StageClock
 from gateway.worker import ExpertSource
 
@@ -49,10 +50,24 @@ class MoELayer:
         self._clock.mark("group")
         outputs, failures = await self._experts.dispatch(self._layer, batches)
         batch.failures.update(failures)
+        if outputs.stood_in:
+            routing = self._stood_in(outputs, routing, batch)
         combined = combine(outputs, routing).to(x.dtype)
         outputs.release()
         self._clock.mark("combine")
         return combined
+
+    def _stood_in(self, outputs: ExpertOutputs, routing: Routing, batch: Batch) -> Routing:
+        """Note for which rows something else was done than asking a worker; the weights are those of who is left."""
+        for row in outputs.stood_in:
+            batch.stood_in[row] = batch.stood_in.get(row, 0) + 1
+        if outputs.left_out is None:
+            return routing
+        routing, alone = renormalised(routing, outputs.left_out)
+        for row in alone:
+            error = ExpertUnavailable(f"no worker holds any of the experts that a token of layer {self._layer} needs")
+            batch.failures.setdefault(row, error)
+        return routing
 
     def route(self, x: Tensor) -> Routing:
         """The experts of every row [T, D]."""

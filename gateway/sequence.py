@@ -36,6 +36,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: str | None = None
     failure: Failure | None = None
+    stood_in: int = 0  # rows of all layers for which something else was done because nobody held an expert
     counts: dict[int, int] = field(default_factory=dict)  # of generated tokens, for the penalties
     arrived: float | None = field(default_factory=time.monotonic)  # None once it has run
     queue_seconds: float | None = None  # from arrival to the first step, until it is reported

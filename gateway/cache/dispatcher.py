@@ -98,7 +98,8 @@ class CachedDispatcher:
         rest = keep_tokens(batches, list(missing)) if found else batches
         outputs, failures = await self._inner.dispatch(layer, rest)
         if self._keys is makes_keys:  # else other weights may have come meanwhile, and computed some of these rows
-            self._keep(layer, {row: key for row, key in missing.items() if row not in failures}, outputs)
+            good = missing.keys() - failures.keys() - outputs.stood_in
+            self._keep(layer, {row: key for row, key in missing.items() if row in good}, outputs)
         _place(outputs, found, rows)
         return outputs, failures
 

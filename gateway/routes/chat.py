@@ -51,18 +51,23 @@ class _ChatAnswer(Answer):
 
     def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
-        return {"index": choice.index, "message": message, **self._rest(delta)}
+        return {"index": choice.index, "message": message, **self._rest(choice, delta)}
 
     def chunks(self, choice: Choice, delta: Delta) -> Iterator[dict[str, Any]]:
         if choice.index not in self._begun:
             self._begun.add(choice.index)
             opening = {"role": "assistant", "content": ""}
             yield {"index": choice.index, "delta": opening, "logprobs": None, "finish_reason": None}
-        yield {"index": choice.index, "delta": {"content": delta.text} if delta.text else {}, **self._rest(delta)}
+        yield {
+            "index": choice.index,
+            "delta": {"content": delta.text} if delta.text else {},
+            **self._rest(choice, delta),
+        }
 
-    def _rest(self, delta: Delta) -> dict[str, Any]:
+    def _rest(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         return {
             "logprobs": None if self.logprobs is None else self.logprobs.chat(delta.entries),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
+            **choice.extensions(),
         }

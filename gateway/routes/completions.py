@@ -77,4 +77,5 @@ class _CompletionAnswer(Answer):
             "logprobs": None if self.logprobs is None else self.logprobs.completion(delta.entries),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
+            **choice.extensions(),
         }

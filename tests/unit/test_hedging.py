@@ -17,7 +17,7 @@ from gateway.hedging import BURST, LEARNT, HedgeBudget, RetryBudget, RowTimes
 from gateway.mailbox import Completion, FirstOf, Mailbox
 from tests.local_workers import LocalWorker, local_dispatcher
 from tests.tiny_models import save_mixtral
-from tests.unit.test_dispatcher import TOKENS, dispatched, expected
+from tests.unit.test_dispatcher import dispatched, expected
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_retries_are_a_share_of_what_is_in_flight_or_a_few() -> None:
 
 
 def test_several_completions_are_awaited_at_once(mailbox: Mailbox) -> None:
-    gone: list[int] = []
+    gone: list[float] = []
     calls: list[Completion[int]] = [Completion(each, partial(gone.append, each)) for each in (1e12, 0, 1e12)]
 
     async def wait(wake: float) -> None:
@@ -184,10 +184,16 @@ def test_rows_that_are_no_numbers_are_had_elsewhere(checkpoint: Checkpoint, mail
     found, failures = dispatched(two.dispatcher, mailbox)
     assert torch.allclose(found, expected(checkpoint), atol=1e-5)
     assert not failures
-    two.second.spoil = two.first.spoil
-    _, failures = dispatched(two.dispatcher, mailbox)
-    assert len(failures) == TOKENS
-    assert "not finite" in str(failures[0])
+    assert list(two.dispatcher.crew.out()) == [two.first.address]
+
+
+def test_rows_that_are_no_numbers_for_anybody_are_the_models(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
+    two = TwoReplicas(checkpoint, mailbox)
+    two.first.spoil = two.second.spoil = lambda rows: rows * float("nan")
+    found, failures = dispatched(two.dispatcher, mailbox)
+    assert found.isnan().all()
+    assert not failures
+    assert two.dispatcher.crew.out() == {}
 
 
 def test_nothing_is_planned_twice_where_there_is_one_holder(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
