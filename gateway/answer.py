@@ -33,6 +33,7 @@ class Answer(ABC):
             if alternatives is None
             else LogprobsFormat(model.tokenizer.vocabulary, alternatives, body.return_tokens_as_token_ids)
         )
+        self._with_ids = body.return_token_ids
         self._request = request
         self._job = job
         self._stream = body.stream
@@ -51,6 +52,10 @@ class Answer(ABC):
         shown = await until_disconnect(self._request.receive, self._job.finish())
         choices = [self.whole(choice, delta) for choice, delta in zip(self._job.choices, shown, strict=True)]
         return JSONResponse({**self._head, "choices": choices, "usage": self._job.usage()})
+
+    def token_ids(self, delta: Delta) -> dict[str, Any]:
+        """The ids behind what is shown, where they are asked for: whoever has them can resume a stream that broke."""
+        return {"token_ids": delta.tokens} if self._with_ids else {}
 
     @abstractmethod
     def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:

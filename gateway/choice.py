@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from consilium.errors import InvalidRequest
 from gateway.detokenizer import Detokenizer, StopStrings, decode_prompt
 from gateway.logprobs import Entry
 from gateway.messages import Output, TokenLogprobs
@@ -43,12 +44,15 @@ class Delta:
     entries: list[Entry]
     finish_reason: str | None
     stop_reason: str | int | None
+    tokens: list[int]
 
     @classmethod
     def join(cls, deltas: Sequence[Delta]) -> Delta:
         """All that was shown of a choice that has ended."""
         entries = [entry for each in deltas for entry in each.entries]
-        return cls("".join(each.text for each in deltas), entries, deltas[-1].finish_reason, deltas[-1].stop_reason)
+        tokens = [token for each in deltas for token in each.tokens]
+        text = "".join(each.text for each in deltas)
+        return cls(text, entries, deltas[-1].finish_reason, deltas[-1].stop_reason, tokens)
 
 
 class Choice:
@@ -78,10 +82,28 @@ class Choice:
         self._stops = StopStrings(options.stop, options.include_stop)
         self._text = ""  # not yet shown
         self._entries: list[Entry] = []  # not yet shown
+        self._tokens: list[int] = []  # not yet shown
+        self.resumed: list[int] = []  # tokens that the client has already
         self._characters = 0  # of all text so far, shown or not
         self._prompt_offsets: list[int] = []
         if options.echo:
             self._echo(vocabulary)
+
+    def resume(self, tokens: Sequence[int]) -> None:
+        """Go on after ``tokens``, which the client has already, with all that they showed.
+
+        Raises InvalidRequest where the text ends within them.
+        """
+        self.resumed = list(tokens)
+        for token in tokens:
+            self.completion_tokens += 1
+            self._add(self._detokenizer.push(token))
+        if self.finish_reason is not None:
+            raise InvalidRequest(
+                "consilium_resume_tokens: the answer ends within them, at a stop string; there is nothing to resume",
+                param="consilium_resume_tokens",
+            )
+        self._text, self._entries = "", []
 
     def feed(self, output: Output) -> Delta | None:
         """Take the engine's news; what there is to show now, if anything. News after the end are ignored."""
@@ -121,6 +143,7 @@ class Choice:
     def _take_token(self, token: int, output: Output) -> None:
         self.completion_tokens += 1
         self._clock.token()
+        self._tokens.append(token)
         if output.logprobs is not None and self._options.logprobs:
             self._entries.append(Entry(token, output.logprobs, self._characters))
         # A token that stops the sequence is no part of its text, unless the client asks for that.
@@ -151,6 +174,6 @@ class Choice:
     def _show(self) -> Delta | None:
         if not self._text and self.finish_reason is None:
             return None
-        delta = Delta(self._text, self._entries, self.finish_reason, self.stop_reason)
-        self._text, self._entries = "", []
+        delta = Delta(self._text, self._entries, self.finish_reason, self.stop_reason, self._tokens)
+        self._text, self._entries, self._tokens = "", [], []
         return delta

@@ -44,7 +44,7 @@ class Engine:
 
     def add(self, request: Generate) -> None:
         """Queue a new sequence."""
-        self.scheduler.add(Sequence.start(request))
+        self.scheduler.add(Sequence.start(request, self.eos_token_ids))
 
     def abort(self, sequence_id: int) -> None:
         """End a sequence that nobody waits for; in the middle of a step, its rows go no further than this layer."""

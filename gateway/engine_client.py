@@ -12,7 +12,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
@@ -48,6 +48,7 @@ class NewSequence:
     prompt: list[int]
     sampling: SamplingParams
     choice: int
+    resumed: list[int] = field(default_factory=list)  # tokens that another gateway has generated
 
 
 class EngineClient:
@@ -119,7 +120,7 @@ class EngineClient:
             self._open[sequence_id] = generation
             self._callers[sequence_id] = caller
             self._held.update(_owners(caller))
-            self._send(Generate(sequence_id, new.prompt, new.sampling, new.choice, caller))
+            self._send(Generate(sequence_id, new.prompt, new.sampling, new.choice, caller, new.resumed))
         self.idle.clear()
         return generation
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway.choice import Choice, ChoiceOptions, Delta, Prompt
@@ -33,14 +33,22 @@ class Job:
         options: ChoiceOptions,
         arrival: float,
         caller: Caller,
+        resumed: Sequence[int] = (),
     ) -> Job:
-        """All choices, none of them started. ``arrival`` is on time.perf_counter's clock."""
+        """All choices, none of them started. ``arrival`` is on time.perf_counter's clock.
+
+        The only choice of a request may go on after tokens that are ``resumed`` from another gateway; none is shown.
+        """
         vocabulary = gateway.model.tokenizer.vocabulary
         choices = [
             Choice(index * n + number, number, prompt, vocabulary, options, ChoiceClock(gateway.metrics, arrival))
             for index, prompt in enumerate(prompts)
             for number in range(n)
         ]
+        if resumed:
+            (choice,) = choices
+            choice.resume(resumed)
+            sampling = replace(sampling, prompt_logprobs=None)  # they were shown before the first token
         return cls(gateway, sampling, choices, caller)
 
     async def run(self) -> AsyncGenerator[list[tuple[Choice, Delta]], None]:
@@ -58,7 +66,9 @@ class Job:
             raise
 
     async def _deltas(self) -> AsyncGenerator[list[tuple[Choice, Delta]], None]:
-        sequences = [NewSequence(choice.prompt.ids, self.sampling, choice.number) for choice in self.choices]
+        sequences = [
+            NewSequence(choice.prompt.ids, self.sampling, choice.number, choice.resumed) for choice in self.choices
+        ]
         with self.gateway.engine.open(sequences, self.caller) as generation:
             self.gateway.metrics.prompt_tokens.inc(self.prompt_tokens())
             async for batch in generation.batches():

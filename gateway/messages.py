@@ -58,6 +58,7 @@ class Generate:
     sampling: SamplingParams
     choice: int = 0  # index among the n choices of its request; part of the random numbers' counter
     caller: Caller = Caller()
+    resumed: list[int] = field(default_factory=list)  # tokens that were generated elsewhere: it goes on after them
     type: Literal["generate"] = "generate"
 
 

@@ -43,9 +43,9 @@ class Sequence:
     cached_tokens: int | None = None  # of the prompt, not computed at the first step; until it is reported
 
     @classmethod
-    def start(cls, request: Generate) -> Sequence:
-        """A sequence of which nothing is computed yet."""
-        return cls(
+    def start(cls, request: Generate, eos_token_ids: tuple[int, ...] = ()) -> Sequence:
+        """A sequence of which nothing is computed yet; it may have ended with the tokens that it resumes after."""
+        made = cls(
             request.id,
             request.choice,
             request.sampling,
@@ -53,8 +53,11 @@ class Sequence:
             len(request.prompt),
             request.caller.priority,
             Client(request.caller.api_key, request.caller.user),
-            key=token_key(request.prompt),
+            key=token_key([*request.prompt, *request.resumed]),
         )
+        for token in request.resumed:
+            made.append(token, eos_token_ids)
+        return made
 
     @property
     def generated(self) -> int:

@@ -36,7 +36,8 @@ async def create_chat_completion(
         min_tokens=body.min_tokens,
         logprobs=body.logprobs,
     )
-    job = Job.plan(gateway, [prompt], body.n, sampling, options, request.state.arrival, body.caller(key_id(request)))
+    resumed, caller = body.resumed(max_tokens, gateway.model.vocab_size), body.caller(key_id(request))
+    job = Job.plan(gateway, [prompt], body.n, sampling, options, request.state.arrival, caller, resumed)
     return await _ChatAnswer(request, job, body).response()
 
 
@@ -47,7 +48,7 @@ class _ChatAnswer(Answer):
 
     def __init__(self, request: Request, job: Job, body: ChatBody) -> None:
         super().__init__(request, job, body, body.wanted_logprobs())
-        self._begun: set[int] = set()  # choices whose role was sent
+        self._begun = {0} if body.consilium_resume_tokens else set[int]()  # choices whose role was sent
 
     def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
@@ -70,4 +71,5 @@ class _ChatAnswer(Answer):
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
             **choice.extensions(),
+            **self.token_ids(delta),
         }

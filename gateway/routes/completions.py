@@ -37,7 +37,9 @@ async def create_completion(
         echo=body.echo,
         logprobs=body.logprobs is not None,
     )
-    job = Job.plan(gateway, prompts, body.n, sampling, options, request.state.arrival, body.caller(key_id(request)))
+    resumed = body.resumed(body.max_tokens, gateway.model.vocab_size, len(prompts))
+    caller = body.caller(key_id(request))
+    job = Job.plan(gateway, prompts, body.n, sampling, options, request.state.arrival, caller, resumed)
     return await _CompletionAnswer(request, job, body).response()
 
 
@@ -78,4 +80,5 @@ class _CompletionAnswer(Answer):
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
             **choice.extensions(),
+            **self.token_ids(delta),
         }

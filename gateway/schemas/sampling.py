@@ -18,6 +18,7 @@ MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 64
 MAX_BIASES = 1024
 MAX_TOKENS = 2**31 - 1
+MAX_RESUMED = 2**20
 MAX_PRIORITY = 1000  # lower is earlier
 MAX_USER_CHARACTERS = 512
 
@@ -91,6 +92,8 @@ class SamplingBody(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False
+    consilium_resume_tokens: list[int] = Field([], max_length=MAX_RESUMED)
     priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     user: str = Field("", max_length=MAX_USER_CHARACTERS)
     safety_identifier: str = Field("", max_length=MAX_USER_CHARACTERS)
@@ -100,6 +103,19 @@ class SamplingBody(Body):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed together with stream", param="stream_options")
         return self
+
+    def resumed(self, max_tokens: int, vocab_size: int, prompts: int = 1) -> list[int]:
+        """The tokens that the client has already, of a stream that broke. Raises InvalidRequest."""
+        tokens, key = self.consilium_resume_tokens, "consilium_resume_tokens"
+        if not tokens:
+            return []
+        if self.n * prompts > 1:
+            raise InvalidRequest(f"{key} is for a request with one prompt and one choice; send each alone", param=key)
+        if self.seed is None and self.temperature >= _GREEDY_BELOW:
+            raise InvalidRequest(f"{key} needs the seed of the stream that broke, or temperature 0", param=key)
+        if len(tokens) >= max_tokens:
+            raise InvalidRequest(f"{key} has {len(tokens)} tokens, and max_tokens is {max_tokens}: it ended", param=key)
+        return check_token_ids(tokens, vocab_size, key)
 
     def caller(self, api_key: str) -> Caller:
         """Whose request it is: `safety_identifier` is OpenAI's newer word for `user`."""

@@ -98,7 +98,7 @@ def served(*peers: Peer, digest: bytes) -> Iterator[str]:
             return f"127.0.0.1:{port}"
 
         addresses = [serve(expert_pb2_grpc.add_ExpertServiceServicer_to_server, each) for each in peers]
-        yield serve(router_pb2_grpc.add_RouterServiceServicer_to_server, Placed(addresses, digest))
+        yield serve(router_pb2_grpc.add_RouterServiceServicer_to_server, Placed(addresses, digest))  # type: ignore[abstract]  # nothing else is called
         cleanup.close()
 
 
