@@ -127,7 +127,8 @@ def test_what_cannot_be_verified_is_thrown_away(known: tuple[ExpertWeights, Expe
     weights, layout = known
     right = list(chunks(weights))
     wrong = [right[0][:5] + bytes([right[0][5] ^ 1]) + right[0][6:], *right[1:]]
-    liars, honest = [Peer(wrong), Peer(right[:-1]), Peer([])], Peer(right)
+    # Nothing else is called.
+    liars, honest = [Peer(wrong), Peer(right[:-1]), Peer([])], Peer(right)  # type: ignore[abstract]
     digest = weights.content_hash()
     with served(*liars, honest, digest=digest) as address:
         source = PeerWeights(f"grpc://{address}", (), layout)
