@@ -228,6 +228,9 @@ class Config(Section):
     model: str = Field("default", min_length=1, description="a Hugging Face folder, a fetched model's name, or a shape")
     quantization: Quantization = Field("int8", description="arithmetic of the experts")
     dtype: RowDType = Field("float32", description="element type of everything that is not int8")
+    weight_version: str = Field(
+        "", pattern=r"^[A-Za-z0-9._-]{0,64}$", description="name of these weights, where another version is served, too"
+    )
     gateway: GatewayConfig = GatewayConfig()
     experts: dict[str, ExpertGroupConfig] = Field(default_factory=dict)
     worker: WorkerConfig = WorkerConfig()

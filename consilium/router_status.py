@@ -24,11 +24,11 @@ RPC_SECONDS = 5.0
 HOTTEST = 8
 
 
-def show(endpoint: str, metadata: Metadata, *, as_json: bool, once: bool) -> None:
+def show(endpoint: str, metadata: Metadata, weight_version: str, *, as_json: bool, once: bool) -> None:
     """Print or follow the status of the router at ``endpoint``; ``metadata`` says who asks. Raises NotReady."""
     console = Console()
     with grpc.insecure_channel(endpoint.removeprefix("grpc://"), options=router_channel_options()) as channel:
-        ask = _Asker(channel, metadata)
+        ask = _Asker(channel, metadata, weight_version)
         if as_json:
             print(json.dumps(summary(ask()), indent=2))
         elif once or not console.is_terminal:
@@ -49,6 +49,7 @@ def summary(found: router_pb2.GetPlacementResponse) -> dict[str, Any]:
     return {
         "epoch": found.placement.epoch,
         "leader": found.leader,
+        "weight_versions": list(found.weight_versions),
         "missing_experts": found.missing,
         "experts": len(copies),
         "copies": sum(counts),
@@ -81,6 +82,9 @@ def render(status: dict[str, Any]) -> Group:
         f"epoch {status['epoch']} · {len(status['workers'])} workers · {gateways} · {status['copies']} copies of "
         f"{status['experts']} experts ({status['fewest_copies']} to {status['most_copies']} each) · {balance}"
     )
+    if len(status["weight_versions"]) > 1:
+        names = ", ".join(repr(each) for each in status["weight_versions"])
+        head.append(f" · versions of the weights: {names} (--weight-version)")
     if status["missing_experts"]:
         head.append(f" · {status['missing_experts']} experts have no holder", style="bold red")
     workers = Table(box=box.SIMPLE_HEAD)
@@ -132,12 +136,13 @@ def _worker(each: router_pb2.WorkerState) -> dict[str, Any]:
 
 
 class _Asker:
-    def __init__(self, channel: grpc.Channel, metadata: Metadata) -> None:
+    def __init__(self, channel: grpc.Channel, metadata: Metadata, weight_version: str) -> None:
+        self._version = weight_version
         self._stub, self._metadata = router_pb2_grpc.RouterServiceStub(channel), metadata
 
     def __call__(self) -> router_pb2.GetPlacementResponse:
         try:
-            request = router_pb2.GetPlacementRequest()
+            request = router_pb2.GetPlacementRequest(weight_version=self._version)
             return self._stub.GetPlacement(request, timeout=RPC_SECONDS, metadata=self._metadata)
         except grpc.RpcError as error:
             raise NotReady(f"the router cannot be asked: {from_rpc_error(error).message}") from None

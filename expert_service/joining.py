@@ -40,11 +40,12 @@ def complete(config: Config) -> tuple[Config, ModelFolder | None]:
 
 def _ask(endpoint: str, config: Config) -> router_pb2.GetDeploymentResponse:
     metadata, reported = metadata_of(config.tokens, WORKER), ""
+    request = router_pb2.GetDeploymentRequest(weight_version=config.weight_version)
     with grpc.insecure_channel(endpoint.removeprefix("grpc://"), options=router_channel_options()) as channel:
         stub = router_pb2_grpc.RouterServiceStub(channel)
         while True:
             try:
-                return stub.GetDeployment(router_pb2.GetDeploymentRequest(), timeout=RPC_SECONDS, metadata=metadata)
+                return stub.GetDeployment(request, timeout=RPC_SECONDS, metadata=metadata)
             except grpc.RpcError as error:
                 message = from_rpc_error(error).message
                 if not isinstance(error, grpc.Call) or error.code() not in _WAIT:

@@ -74,7 +74,8 @@ class Registration:
         """Return when nobody needs this worker any more, or after ``seconds``, or where there is no router to ask."""
         if not self._registered:
             return
-        request = router_pb2.DrainRequest(worker_id=self._worker.description.worker_id)
+        said = self._worker.description
+        request = router_pb2.DrainRequest(worker_id=said.worker_id, weight_version=said.weight_version)
         last_copies = 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -143,7 +144,8 @@ class Registration:
         version, held = self._version, None
         if version != self._told:
             held = router_pb2.Held(layers=self._holdings.describe(), failed=expert_sets(self._failed))
-        request = router_pb2.HeartbeatRequest(worker_id=self._worker.description.worker_id, held=held)
+        said = self._worker.description
+        request = router_pb2.HeartbeatRequest(worker_id=said.worker_id, weight_version=said.weight_version, held=held)
         try:
             answer = await self._stub.Heartbeat(request, timeout=RPC_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:

@@ -88,7 +88,8 @@ class Worker:
             return LocalWeights(checkpoint, self.arithmetic)
         assert self.router is not None
         assert self.router.endpoint is not None
-        return PeerWeights(self.router.endpoint, metadata_of(self.config.tokens, WORKER), self.layout)
+        shown, version = metadata_of(self.config.tokens, WORKER), self.config.weight_version
+        return PeerWeights(self.router.endpoint, shown, self.layout, version)
 
     def describe(self) -> expert_pb2.DescribeResponse:
         """What this worker says about itself."""
@@ -105,6 +106,7 @@ class Worker:
             max_batch=self.max_batch,
             layers=describe_store(self.store),
             device="cpu",
+            weight_version=self.config.weight_version,
         )
 
     async def serve(self) -> None:

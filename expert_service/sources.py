@@ -58,9 +58,9 @@ class LocalWeights:
 class PeerWeights:
     """From any worker that holds it; what has not the hash that the router knows is thrown away."""
 
-    def __init__(self, router: str, metadata: Metadata, layout: ExpertWeights) -> None:
+    def __init__(self, router: str, metadata: Metadata, layout: ExpertWeights, weight_version: str = "") -> None:
         """``layout`` has the shapes and types of an expert's tensors."""
-        self._metadata, self._layout = metadata, layout
+        self._metadata, self._layout, self._version = metadata, layout, weight_version
         channel = grpc.insecure_channel(router.removeprefix("grpc://"), options=router_channel_options())
         self._router = router_pb2_grpc.RouterServiceStub(channel)
         self._channels: dict[str, grpc.Channel] = {}
@@ -85,7 +85,7 @@ class PeerWeights:
     def _placed(self) -> router_pb2.Placement:
         if time.monotonic() - self._asked > FRESH_SECONDS:
             try:
-                request = router_pb2.GetPlacementRequest()
+                request = router_pb2.GetPlacementRequest(weight_version=self._version)
                 answer = self._router.GetPlacement(request, timeout=ASK_SECONDS, metadata=self._metadata)
             except grpc.RpcError as error:
                 raise NotReady(f"the router cannot say who holds weights: {from_rpc_error(error).message}") from None

@@ -195,6 +195,7 @@ class EngineProcess:
             hidden_size=checkpoint.config.hidden_size,
             local_links=config.gateway.local_links,
             metadata=metadata_of(config.tokens, GATEWAY),
+            weight_version=config.weight_version,
         )
         router = config.router if config.router is not None and config.router.endpoint is not None else None
         pool = WorkerPool(

@@ -17,9 +17,9 @@ import grpc
 from consilium.config import RouterConfig
 from consilium.content_hash import HASH_BYTES
 from consilium.rpc import from_rpc_error, router_channel_options
-from consilium.tokens import Metadata
 from gateway.epochs import PlacedWorker, RouterView
 from gateway.expert_meter import ExpertCounts
+from gateway.worker_connection import Expectations
 from protos.router.v1 import router_pb2, router_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,11 @@ GOODBYE_SECONDS = 1.0
 class RouterLink:
     """Follows one router until cancelled."""
 
-    def __init__(self, config: RouterConfig, on_view: Callable[[RouterView], None], metadata: Metadata) -> None:
-        """``on_view`` is told of every epoch; ``metadata`` says who this is."""
+    def __init__(self, config: RouterConfig, on_view: Callable[[RouterView], None], ours: Expectations) -> None:
+        """``on_view`` is told of every epoch; ``ours`` says who this gateway is, and which weights it serves."""
         assert config.endpoint is not None
         self._target, self._on_view = config.endpoint.removeprefix("grpc://"), on_view
-        self._metadata = metadata
+        self._metadata, self._version = ours.metadata, ours.weight_version
         self._gateway_id = uuid.uuid4().hex
         self._counts: asyncio.Queue[ExpertCounts] = asyncio.Queue()
         self._used, self._moved = 0, asyncio.Event()
@@ -64,7 +64,7 @@ class RouterLink:
         epoch, reported = 0, ""
         while True:
             try:
-                request = router_pb2.WatchPlacementRequest(known_epoch=epoch)
+                request = router_pb2.WatchPlacementRequest(known_epoch=epoch, weight_version=self._version)
                 async for response in stub.WatchPlacement(request, metadata=self._metadata):
                     epoch, reported = response.placement.epoch, ""
                     self._on_view(read_placement(response.placement))
@@ -85,7 +85,9 @@ class RouterLink:
     async def _tell(
         self, stub: router_pb2_grpc.RouterServiceAsyncStub, *, leaving: bool = False, seconds: float = REPORT_SECONDS
     ) -> None:
-        request = router_pb2.AcknowledgeRequest(gateway_id=self._gateway_id, epoch=self._used, leaving=leaving)
+        request = router_pb2.AcknowledgeRequest(
+            gateway_id=self._gateway_id, weight_version=self._version, epoch=self._used, leaving=leaving
+        )
         try:
             await stub.Acknowledge(request, timeout=seconds, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
@@ -98,6 +100,7 @@ class RouterLink:
             now = time.monotonic()
             request = router_pb2.ReportLoadRequest(
                 gateway_id=self._gateway_id,
+                weight_version=self._version,
                 interval_ms=int(1e3 * (now - since)),
                 layers=[
                     router_pb2.LayerCounts(layer=layer, rows=rows, reads=reads)

@@ -52,12 +52,14 @@ class Expectations:
     hidden_size: int
     local_links: bool = True  # pass frames without gRPC where that is possible
     metadata: Metadata = ()  # what this gateway shows with its RPCs
+    weight_version: str = ""
 
     def check(self, description: expert_pb2.DescribeResponse) -> None:
         """Raises ConfigError that says what differs and which of the two sides says what."""
         for what, ours, theirs in (
             ("protocol version", PROTOCOL_VERSION, description.protocol_version),
             ("model fingerprint", self.model_fingerprint[:16], description.model_fingerprint[:16]),
+            ("version of the weights", repr(self.weight_version), repr(description.weight_version)),
             ("quantization", self.quantization, description.quantization),
             ("dtype", _dtype_name(self.row_dtype), _dtype_name(description.row_dtype)),
             ("hidden size", self.hidden_size, description.hidden_size),

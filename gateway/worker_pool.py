@@ -55,7 +55,7 @@ class WorkerPool:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._named_by: dict[str, set[str]] = {}  # the endpoints that resolve to each address
         self._unresolved: dict[str, WorkerStatus] = {}
-        self.router = None if router is None else RouterLink(router, self._follow, expectations.metadata)
+        self.router = None if router is None else RouterLink(router, self._follow, expectations)
         self._closing: set[asyncio.Future[None]] = set()
         self._epochs = Epochs()  # what the router says
 

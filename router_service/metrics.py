@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,13 +16,14 @@ from router_service.holdings import pairs_of
 logger = logging.getLogger(__name__)
 
 _PREFIX = "consilium_router_"
+_LABELS = ("model_name", "weight_version")
 
 
-def make_registry(controller: Controller, model: str) -> CollectorRegistry:
-    """Every metric of one router, in a registry of its own."""
+def make_registry(controllers: Callable[[], Mapping[str, Controller]], model: str) -> CollectorRegistry:
+    """Every metric of one router, in a registry of its own; ``controllers`` are by version of the weights."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(_Reader(controller, model))
+    registry.register(_Reader(controllers, model))
     return registry
 
 
@@ -41,43 +42,54 @@ def serve(registry: CollectorRegistry, host: str, port: int) -> str:
 
 
 class _Reader(Collector):
-    """Asks the controller, which may be at work on another thread: what it shows is replaced as a whole."""
+    """Asks the controllers, which may be at work on another thread: what they show is replaced as a whole."""
 
-    def __init__(self, controller: Controller, model: str) -> None:
-        self._controller, self._model = controller, model
+    def __init__(self, controllers: Callable[[], Mapping[str, Controller]], model: str) -> None:
+        self._controllers, self._model = controllers, model
 
     def collect(self) -> Iterator[Metric]:
-        known, placement = self._controller, self._controller.state.placement
-        copies = sum(len(pairs_of(worker.experts)) for worker in placement.workers)
-        yield self._gauge("leader", "1 where this router writes placements, 0 where another one does", known.leads)
-        yield self._gauge("epoch", "Of the placement in force; it rises with every change", placement.epoch)
-        yield self._gauge("gateways", "Gateways that were heard of", len(known.gateways))
-        behind = sum(epoch < placement.epoch for epoch in known.gateways.values())
-        yield self._gauge("gateways_behind", "Of those, how many still use an older placement", behind)
-        yield self._gauge("copies", "(layer, expert) pairs that gateways may ask for, every copy counted", copies)
-        yield self._gauge("missing_experts", "(layer, expert) pairs that nobody may be asked for", known.missing)
-        yield self._gauge("balance", "Busiest worker over the mean in the worst layer; 0 without load", known.balance())
-        yield self._workers()
-        for name, text in (
-            ("placements", "Placements planned"),
-            ("loads", "Copies that workers were told to load"),
-            ("drops", "Copies that workers were told to drop"),
-            ("departures", "Workers that left, or whose lease ended"),
-        ):
-            family = CounterMetricFamily(_PREFIX + name, text, labels=("model_name",))
-            family.add_metric((self._model,), known.counts[name])
-            yield family
+        known = self._controllers()
+        for name, (text, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(_PREFIX + name, text, labels=_LABELS)
+            for version, controller in known.items():
+                gauge.add_metric((self._model, version), value(controller))
+            yield gauge
+        workers = GaugeMetricFamily(_PREFIX + "workers", "Workers with a lease", labels=(*_LABELS, "state"))
+        for version, controller in known.items():
+            for state, count in _states(controller).items():
+                workers.add_metric((self._model, version, state), count)
+        yield workers
+        for name, text in _COUNTERS.items():
+            counter = CounterMetricFamily(_PREFIX + name, text, labels=_LABELS)
+            for version, controller in known.items():
+                counter.add_metric((self._model, version), controller.counts[name])
+            yield counter
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(_PREFIX + name, text, labels=("model_name",))
-        family.add_metric((self._model,), value)
-        return family
 
-    def _workers(self) -> Metric:
-        records = list(self._controller.records.values())
-        leaving, broken = sum(each.draining for each in records), sum(bool(each.failed) for each in records)
-        family = GaugeMetricFamily(_PREFIX + "workers", "Workers with a lease", labels=("model_name", "state"))
-        states = {"leaving": leaving, "broken": broken, "all": len(records)}
-        for state, count in states.items():
-            family.add_metric((self._model, state), count)
-        return family
+_GAUGES: dict[str, tuple[str, Callable[[Controller], float]]] = {
+    "leader": ("1 where this router writes placements, 0 where another one does", lambda each: each.leads),
+    "epoch": ("Of the placement in force; it rises with every change", lambda each: each.state.placement.epoch),
+    "gateways": ("Gateways that were heard of", lambda each: len(each.gateways)),
+    "gateways_behind": (
+        "Of those, how many still use an older placement",
+        lambda each: sum(epoch < each.state.placement.epoch for epoch in each.gateways.values()),
+    ),
+    "copies": (
+        "(layer, expert) pairs that gateways may ask for, every copy counted",
+        lambda each: sum(len(pairs_of(worker.experts)) for worker in each.state.placement.workers),
+    ),
+    "missing_experts": ("(layer, expert) pairs that nobody may be asked for", lambda each: each.missing),
+    "balance": ("Busiest worker over the mean in the worst layer; 0 without load", lambda each: each.balance()),
+}
+_COUNTERS = {
+    "placements": "Placements planned",
+    "loads": "Copies that workers were told to load",
+    "drops": "Copies that workers were told to drop",
+    "departures": "Workers that left, or whose lease ended",
+}
+
+
+def _states(controller: Controller) -> dict[str, int]:
+    records = list(controller.records.values())
+    leaving, broken = sum(each.draining for each in records), sum(bool(each.failed) for each in records)
+    return {"all": len(records), "leaving": leaving, "broken": broken}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,6 +24,7 @@ from router_service.metrics import serve as serve_metrics
 from router_service.redis_store import RedisStore
 from router_service.servicer import RouterServicer
 from router_service.store import MemoryStore, Store
+from router_service.versions import Version, Versions
 
 SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
 # Who may call what; a method that is not named here cannot be called at all.
@@ -54,11 +54,9 @@ class Router:
 
     async def serve(self) -> None:
         """Answer until SIGTERM or SIGINT. Raises ConfigError when the port cannot be had."""
-        store = make_store(self.config, self._deployment.model_fingerprint)
-        controller = Controller(self._deployment, self.config, store)
+        versions = Versions(self._start_version)
         server = grpc.aio.server(interceptors=self._interceptors(), options=server_options())
-        servicer = RouterServicer(self._deployment, self.config, store, controller, self._tokens)
-        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(versions, server)
         status = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
         if not self._tokens:
@@ -66,19 +64,24 @@ class Router:
         address = listen(server, self.config.host, self.config.port)
         scraped = None
         if self.config.metrics_port is not None:
-            scraped = serve_metrics(make_registry(controller, self._model), self.config.host, self.config.metrics_port)
+            scraped = serve_metrics(
+                make_registry(versions.controllers, self._model), self.config.host, self.config.metrics_port
+            )
         stopping = catch_signals()
         await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
-        leading = asyncio.ensure_future(controller.run())
         announce(address, scraped)
-        await asyncio.wait([leading, asyncio.ensure_future(stopping.wait())], return_when=asyncio.FIRST_COMPLETED)
+        ends = [asyncio.ensure_future(each.wait()) for each in (stopping, versions.failed)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         await status.enter_graceful_shutdown()
         await server.stop(CLOSING_SECONDS)
-        leading.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await leading
-        await store.close()
+        await versions.close()
+
+    def _start_version(self, name: str) -> Version:
+        store = make_store(self.config, self._deployment.model_fingerprint, name)
+        controller = Controller(self._deployment, self.config, store)
+        servicer = RouterServicer(self._deployment, self.config, store, controller, self._tokens)
+        return Version(store, controller, servicer, asyncio.ensure_future(controller.run()))
 
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         allowed = {f"/{SERVICE}/{method}": roles for method, roles in ALLOWED.items()}
@@ -98,8 +101,9 @@ def read_tokens(host: str, config: TokensConfig) -> dict[str, bytes]:
     return digests
 
 
-def make_store(config: RouterConfig, model_fingerprint: str) -> Store:
+def make_store(config: RouterConfig, model_fingerprint: str, weight_version: str = "") -> Store:
     """In Redis where one is configured, else in memory."""
     if config.redis is None:
         return MemoryStore()
-    return RedisStore(config.redis.get_secret_value(), model_fingerprint[:16])
+    name = model_fingerprint[:16] + (f"@{weight_version}" if weight_version else "")
+    return RedisStore(config.redis.get_secret_value(), name)

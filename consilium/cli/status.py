@@ -19,6 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--router", metavar="URL", help="grpc://HOST:PORT; router.endpoint of the configuration")
     parser.add_argument("--token-file", metavar="FILE", help="the gateways' secret, where the router asks for one")
+    parser.add_argument("--weight-version", metavar="NAME", help="of which weights, where several are served")
     parser.add_argument("--config", metavar="FILE", help="YAML configuration")
     parser.add_argument("--once", action="store_true", help="show it once")
     parser.add_argument("--json", action="store_true", help="print it once, as JSON")
@@ -29,10 +30,15 @@ def show(options: argparse.Namespace) -> int:
     """Print or follow the status. Raises ConfigError, and NotReady when the router cannot be asked."""
     from consilium import router_status, tokens  # bring gRPC
 
-    overrides = {"router.endpoint": options.router, "tokens.gateway_file": options.token_file}
+    overrides = {
+        "router.endpoint": options.router,
+        "tokens.gateway_file": options.token_file,
+        "weight_version": options.weight_version,
+    }
     config = load_config(Path(options.config) if options.config else None, overrides=overrides)
     if config.router is None or config.router.endpoint is None:
         raise ConfigError("router.endpoint: which router? Say grpc://HOST:PORT with --router, or name it in the file")
     metadata = tokens.metadata_of(config.tokens, tokens.GATEWAY)
-    router_status.show(config.router.endpoint, metadata, as_json=options.json, once=options.once)
+    version = config.weight_version
+    router_status.show(config.router.endpoint, metadata, version, as_json=options.json, once=options.once)
     return 0

@@ -141,6 +141,7 @@ def _connected(address: str, worker: Description, local_links: bool, metadata: M
         *(worker.model_fingerprint, worker.quantization, worker.row_dtype, worker.hidden_size),
         local_links=local_links,
         metadata=metadata,
+        weight_version=worker.weight_version,
     )
     loop = asyncio.new_event_loop()
     group = ExpertGroupConfig(endpoint=f"grpc://{address}")

@@ -1,7 +1,7 @@
 """Workers killed, added, replaced and sent away, router, Redis and a gateway killed, under load.
 
-No request fails, no bit changes: every answer is compared with those of the start. One deployment goes through it all, in
-the order of the file.
+No request fails, no bit changes: every answer is compared with those of the start. One deployment goes through it all,
+in the order of the file.
 """
 
 from __future__ import annotations

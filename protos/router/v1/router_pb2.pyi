@@ -91,12 +91,16 @@ Global___Worker: _TypeAlias = Worker  # noqa: Y015
 class GetDeploymentRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
+    weight_version: _builtins.str
     def __init__(
         self,
+        *,
+        weight_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,7 +256,9 @@ class HeartbeatRequest(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    weight_version: _builtins.str
     @_builtins.property
     def held(self) -> Global___Held:
         """What it holds now, where that has changed since it said so last."""
@@ -262,10 +268,11 @@ class HeartbeatRequest(_message.Message):
         *,
         worker_id: _builtins.str = ...,
         held: Global___Held | None = ...,
+        weight_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["held", b"held"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "weight_version", b"weight_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,15 +329,18 @@ class DrainRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    weight_version: _builtins.str
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
+        weight_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["weight_version", b"weight_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -457,16 +467,19 @@ class WatchPlacementRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KNOWN_EPOCH_FIELD_NUMBER: _builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     known_epoch: _builtins.int
     """The last epoch that the caller has."""
+    weight_version: _builtins.str
     def __init__(
         self,
         *,
         known_epoch: _builtins.int = ...,
+        weight_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_epoch", b"known_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_epoch", b"known_epoch", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -499,21 +512,24 @@ class AcknowledgeRequest(_message.Message):
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     epoch: _builtins.int
     """The last placement of which it reaches every worker; 0 for none yet."""
     leaving: _builtins.bool
     """It goes, and uses none any more."""
+    weight_version: _builtins.str
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         leaving: _builtins.bool = ...,
+        weight_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gateway_id", b"gateway_id", "leaving", b"leaving"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gateway_id", b"gateway_id", "leaving", b"leaving", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -538,12 +554,16 @@ Global___AcknowledgeResponse: _TypeAlias = AcknowledgeResponse  # noqa: Y015
 class GetPlacementRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
+    weight_version: _builtins.str
     def __init__(
         self,
+        *,
+        weight_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -560,6 +580,7 @@ class GetPlacementResponse(_message.Message):
     MISSING_FIELD_NUMBER: _builtins.int
     BALANCE_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
+    WEIGHT_VERSIONS_FIELD_NUMBER: _builtins.int
     leader: _builtins.bool
     """Whether this router writes placements, or another one does."""
     missing: _builtins.int
@@ -574,6 +595,10 @@ class GetPlacementResponse(_message.Message):
     def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerLoad]: ...
     @_builtins.property
     def gateways(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayState]: ...
+    @_builtins.property
+    def weight_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """All that this router knows of, the one asked for included."""
+
     def __init__(
         self,
         *,
@@ -584,10 +609,11 @@ class GetPlacementResponse(_message.Message):
         missing: _builtins.int = ...,
         balance: _builtins.float = ...,
         gateways: _abc.Iterable[Global___GatewayState] | None = ...,
+        weight_versions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "gateways", b"gateways", "leader", b"leader", "loads", b"loads", "missing", b"missing", "placement", b"placement", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "gateways", b"gateways", "leader", b"leader", "loads", b"loads", "missing", b"missing", "placement", b"placement", "weight_versions", b"weight_versions", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -715,9 +741,11 @@ class ReportLoadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     INTERVAL_MS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
+    weight_version: _builtins.str
     interval_ms: _builtins.int
     """The time that the counts cover."""
     @_builtins.property
@@ -726,12 +754,13 @@ class ReportLoadRequest(_message.Message):
         self,
         *,
         gateway_id: _builtins.str = ...,
+        weight_version: _builtins.str = ...,
         interval_ms: _builtins.int = ...,
         layers: _abc.Iterable[Global___LayerCounts] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "interval_ms", b"interval_ms", "layers", b"layers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "interval_ms", b"interval_ms", "layers", b"layers", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,10 @@ if _version_not_supported:
 
 
 class RouterServiceStub:
-    """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
+    """Several versions of a model's weights may be served side by side, each by workers and gateways of its own, which name it
+    in every request (empty where there is one); each has a placement of its own, and nothing of one is seen by another.
+
+    The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
 
@@ -79,7 +82,10 @@ class RouterServiceStub:
 
 
 class RouterServiceServicer:
-    """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
+    """Several versions of a model's weights may be served side by side, each by workers and gateways of its own, which name it
+    in every request (empty where there is one); each has a placement of its own, and nothing of one is seen by another.
+
+    The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
 
@@ -191,7 +197,10 @@ def add_RouterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RouterService:
-    """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
+    """Several versions of a model's weights may be served side by side, each by workers and gateways of its own, which name it
+    in every request (empty where there is one); each has a placement of its own, and nothing of one is seen by another.
+
+    The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
 

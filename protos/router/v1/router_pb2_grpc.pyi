@@ -27,7 +27,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RouterServiceStub:
-    """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
+    """Several versions of a model's weights may be served side by side, each by workers and gateways of its own, which name it
+    in every request (empty where there is one); each has a placement of its own, and nothing of one is seen by another.
+
+    The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
 
@@ -54,7 +57,10 @@ class RouterServiceStub:
 
 @_typing.type_check_only
 class RouterServiceAsyncStub(RouterServiceStub):
-    """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
+    """Several versions of a model's weights may be served side by side, each by workers and gateways of its own, which name it
+    in every request (empty where there is one); each has a placement of its own, and nothing of one is seen by another.
+
+    The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
 
@@ -77,7 +83,10 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """A gateway says what it has asked of every expert."""
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
+    """Several versions of a model's weights may be served side by side, each by workers and gateways of its own, which name it
+    in every request (empty where there is one); each has a placement of its own, and nothing of one is seen by another.
+
+    The control plane: who is alive, and who holds which expert. Never on the token path: gateways go on with the
     placement they know while no router can be reached.
     """
 

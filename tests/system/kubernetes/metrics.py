@@ -34,7 +34,7 @@ def metric_names() -> frozenset[str]:
     """Names of series: with `_total`, `_bucket` and the like."""
     idle = cast("Executor", SimpleNamespace(busy_seconds=0.0, unfinished=0))
     worker = ServiceMetrics(expert_pb2.DescribeResponse(model="m", group="g", max_batch=1), idle, ExpertStore([]))
-    router = make_registry(cast("Controller", _IDLE_ROUTER), "m")
+    router = make_registry(lambda: {"": cast("Controller", _IDLE_ROUTER)}, "m")
     return _names(Metrics("m").registry) | _names(worker.registry) | _names(router)
 
 
