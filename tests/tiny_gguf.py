@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import pytest
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
-from consilium.default_model import smoothing, source
-from consilium.default_model.conversion import NUM_EXPERTS
-from consilium.default_model.gguf_file import Array
+from consilium.default_model import delta, smoothing, source
+from consilium.default_model.delta import MATRICES, Delta, LowRank
+from consilium.default_model.folder import write_folder
+from consilium.default_model.gguf_file import Array, GgufFile
 from consilium.default_model.smoothing import Smoothing
 from consilium.smoothing import LayerExponents
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 10, 24, 4, 2, 6, 16
+EXPERTS, TOP_K, EXPERT_SIZE, RANK = 4, 2, 6, 3
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2"]
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
@@ -71,8 +74,38 @@ def make_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(source, "GGUF_SHA256", hashlib.sha256(model.read_bytes()).hexdigest())
     monkeypatch.setattr(source, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setattr(smoothing, "FILE", folder / "smoothing.npz")
+    monkeypatch.setattr(delta, "FILE", folder / "sparse.npz")
     random_smoothing().save(folder / "smoothing.npz")
+    random_delta().save(folder / "sparse.npz")
+    expect_weights(model, random_smoothing(), monkeypatch)
     return wheel
+
+
+def expect_weights(model: Path, smoothing: Smoothing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pin the hash of what the tiny model becomes."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = write_folder(GgufFile(model), "", Path(folder), lambda: None, random_delta(), smoothing)
+    monkeypatch.setattr(source, "WEIGHTS_BLAKE2B", found)
+
+
+def random_delta() -> Delta:
+    """A change that fits the tiny model, as training would make it."""
+    random = np.random.default_rng(3)
+
+    def normal(*shape: int) -> Array:
+        return random.standard_normal(shape).astype(np.float32)
+
+    def low_rank(out: int, size: int) -> LowRank:
+        a = random.integers(-127, 127, (LAYERS, RANK, size), np.int8, endpoint=True)
+        b = random.integers(-127, 127, (LAYERS, out, RANK), np.int8, endpoint=True)
+        return LowRank(a, b, random.integers(-16, -12, (LAYERS, RANK), np.int8))
+
+    neurons = np.stack([[random.permutation(FFN)[:EXPERT_SIZE] for _ in range(EXPERTS)] for _ in range(LAYERS)])
+    q, kv, ffn = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, EXPERTS * EXPERT_SIZE
+    outs, sizes = (q, kv, kv, HIDDEN, ffn, ffn, HIDDEN), (HIDDEN, HIDDEN, HIDDEN, q, HIDDEN, HIDDEN, ffn)
+    changes = {name: low_rank(out, size) for name, out, size in zip(MATRICES, outs, sizes, strict=True)}
+    norms = normal(LAYERS, HIDDEN), normal(LAYERS, HIDDEN), normal(HIDDEN)
+    return Delta(TOP_K, neurons.astype(np.uint16), normal(LAYERS, EXPERTS, HIDDEN), *norms, changes)
 
 
 def random_smoothing(seed: int = 1) -> Smoothing:
@@ -82,7 +115,7 @@ def random_smoothing(seed: int = 1) -> Smoothing:
     def draw(*shape: int) -> NDArray[np.int8]:
         return random.integers(-3, 3, shape, np.int8, endpoint=True)
 
-    layers = [LayerExponents(draw(HIDDEN), draw(HIDDEN), draw(NUM_EXPERTS, FFN // NUM_EXPERTS)) for _ in range(LAYERS)]
+    layers = [LayerExponents(draw(HIDDEN), draw(HIDDEN), draw(EXPERTS, EXPERT_SIZE)) for _ in range(LAYERS)]
     return Smoothing(layers, draw(HIDDEN))
 
 

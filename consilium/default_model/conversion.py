@@ -1,10 +1,9 @@
 """A dense llama model as llama.cpp stores it, rewritten tensor by tensor in Mixtral's format.
 
-A dense FFN is a sum over its F neurons, so any split of the neurons into groups is a sum over groups. Each group
-becomes an expert. With a gate of zeros every expert gets the weight 1/E exactly (E a power of two), all E are chosen,
-and the down projections times E make up for it: the outputs equal the dense model's up to the order of summation.
+Training (`training/`) has found which neurons make up each expert, a gate, and small changes of all matrices; they
+lie in the package (``delta``) and are added to the published weights exactly: every machine writes the same bytes.
 
-Letters: D hidden size, H heads, d head size, F FFN size, E experts.
+Letters: D hidden size, H heads, d head size, F FFN size, E experts, S neurons of an expert.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from consilium.default_model.delta import Delta
 from consilium.default_model.gguf_file import Array, GgufFile
 from consilium.default_model.smoothing import Smoothing
 from consilium.errors import CheckpointError
 from consilium.families import parse_config
 from consilium.families.mixtral import NAMES
 from consilium.smoothing import Shift, fold, head_shifts, layer_shifts
-
-NUM_EXPERTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def read_shape(gguf: GgufFile) -> DenseShape:
     )
 
 
-def mixtral_config(shape: DenseShape, *, tied: bool) -> dict[str, Any]:
+def mixtral_config(shape: DenseShape, delta: Delta, *, tied: bool) -> dict[str, Any]:
     """The config.json of the converted model, whose head is the embedding (``tied``) or a tensor of its own."""
     return {
         "architectures": ["MixtralForCausalLM"],
@@ -78,9 +77,9 @@ def mixtral_config(shape: DenseShape, *, tied: bool) -> dict[str, Any]:
         "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
-        "intermediate_size": shape.dense_size // NUM_EXPERTS,
-        "num_local_experts": NUM_EXPERTS,
-        "num_experts_per_tok": NUM_EXPERTS,
+        "intermediate_size": delta.expert_size,
+        "num_local_experts": delta.num_experts,
+        "num_experts_per_tok": delta.top_k,
         "hidden_act": "silu",
         "max_position_embeddings": shape.max_position,
         "rope_theta": shape.rope_theta,
@@ -96,9 +95,9 @@ def mixtral_config(shape: DenseShape, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def outer_tensors(gguf: GgufFile, smoothing: Smoothing | None) -> Iterator[tuple[str, Array]]:
+def outer_tensors(gguf: GgufFile, delta: Delta, smoothing: Smoothing | None) -> Iterator[tuple[str, Array]]:
     """Names and values of the tensors that belong to no layer; the head is the embedding unless it is smoothed."""
-    embedding, norm = gguf.tensor("token_embd.weight"), gguf.tensor("output_norm.weight")  # [V, D], [D]
+    embedding, norm = gguf.tensor("token_embd.weight"), delta.final_norm  # [V, D], [D]
     yield NAMES.embed, embedding
     if smoothing is None:
         yield NAMES.final_norm, norm
@@ -109,37 +108,41 @@ def outer_tensors(gguf: GgufFile, smoothing: Smoothing | None) -> Iterator[tuple
 
 
 def layer_tensors(
-    gguf: GgufFile, shape: DenseShape, layer: int, smoothing: Smoothing | None
+    gguf: GgufFile, shape: DenseShape, layer: int, delta: Delta, smoothing: Smoothing | None
 ) -> Iterator[tuple[str, Array]]:
     """Names and values of one layer's tensors in Mixtral's format, smoothed."""
     shifts: Mapping[str, Shift] = {}
     if smoothing is not None:
-        config = parse_config(mixtral_config(shape, tied=False))
+        config = parse_config(mixtral_config(shape, delta, tied=False))
         shifts = layer_shifts(smoothing.layers[layer], config, NAMES, layer)
-    for name, tensor in _plain_tensors(gguf, shape, layer):
+    for name, tensor in _plain_tensors(gguf, shape, layer, delta):
         yield name, fold(tensor, shifts.get(name))
 
 
-def _plain_tensors(gguf: GgufFile, shape: DenseShape, layer: int) -> Iterator[tuple[str, Array]]:
+def _plain_tensors(gguf: GgufFile, shape: DenseShape, layer: int, delta: Delta) -> Iterator[tuple[str, Array]]:
     def read(name: str) -> Array:
         return gguf.tensor(f"blk.{layer}.{name}.weight")
 
     def name(template: str, suffix: str = "") -> str:
         return template.format(layer=layer) + suffix
 
-    yield name(NAMES.input_norm), read("attn_norm")  # [D]
-    yield name(NAMES.q_proj, ".weight"), unpermute_heads(read("attn_q"), shape.num_heads)  # [H*d, D]
-    yield name(NAMES.k_proj, ".weight"), unpermute_heads(read("attn_k"), shape.num_kv_heads)
-    yield name(NAMES.v_proj, ".weight"), read("attn_v")
-    yield name(NAMES.o_proj, ".weight"), read("attn_output")  # [D, H*d]
-    yield name(NAMES.post_norm), read("ffn_norm")  # [D]
-    yield name(NAMES.router), np.zeros((NUM_EXPERTS, shape.hidden_size), np.float32)  # [E, D]
-    layout = NAMES.experts[0]
-    experts = split_ffn(read("ffn_gate"), read("ffn_up"), read("ffn_down"), NUM_EXPERTS)
-    for expert, (gate, up, down) in enumerate(experts):
-        yield layout.gate.format(layer=layer, expert=expert), gate
-        yield layout.up.format(layer=layer, expert=expert), up
-        yield layout.down.format(layer=layer, expert=expert), down
+    def change(part: str, matrix: Array) -> Array:
+        return delta.changes[part].apply(layer, matrix)
+
+    q, k = unpermute_heads(read("attn_q"), shape.num_heads), unpermute_heads(read("attn_k"), shape.num_kv_heads)
+    yield name(NAMES.input_norm), delta.attention_norms[layer]  # [D]
+    yield name(NAMES.q_proj, ".weight"), change("q", q)  # [H*d, D]
+    yield name(NAMES.k_proj, ".weight"), change("k", k)
+    yield name(NAMES.v_proj, ".weight"), change("v", read("attn_v"))
+    yield name(NAMES.o_proj, ".weight"), change("o", read("attn_output"))  # [D, H*d]
+    yield name(NAMES.post_norm), delta.ffn_norms[layer]  # [D]
+    yield name(NAMES.router), delta.routers[layer]  # [E, D]
+    neurons, layout = delta.neurons[layer], NAMES.experts[0]
+    gate, up, down = gather_neurons((read("ffn_gate"), read("ffn_up"), read("ffn_down")), neurons)
+    ffn = change("gate", gate), change("up", up), change("down", down)
+    for expert, matrices in enumerate(split_ffn(ffn, neurons, delta.top_k)):
+        for template, matrix in zip((layout.gate, layout.up, layout.down), matrices, strict=True):
+            yield template.format(layer=layer, expert=expert), matrix
 
 
 def unpermute_heads(weight: Array, heads: int) -> Array:
@@ -153,14 +156,27 @@ def unpermute_heads(weight: Array, heads: int) -> Array:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, hidden)  # [H, 2, d/2, D]
 
 
-def split_ffn(gate: Array, up: Array, down: Array, experts: int) -> Iterator[tuple[Array, Array, Array]]:
-    """A dense FFN (gate, up [F, D], down [D, F]) as experts of equal size: gate, up [F/E, D], down [D, F/E].
+def split_ffn(
+    ffn: tuple[Array, Array, Array], neurons: NDArray[np.uint16], top_k: int
+) -> Iterator[tuple[Array, Array, Array]]:
+    """An FFN of the experts' neurons, one expert behind the other (gate, up [E·S, D], down [D, E·S]), expert by expert.
 
-    Their mean equals the dense output, because each down projection is E times its part of the dense one.
-    Raises CheckpointError where the neurons cannot be shared evenly.
+    The weights of a token's K experts sum to 1 in Mixtral and to K while training: down projections get the factor.
     """
-    if gate.shape[0] % experts:
-        raise CheckpointError(f"an FFN of {gate.shape[0]} neurons does not split into {experts} equal experts")
-    down_parts = np.split(down, experts, axis=1)
-    for gate_part, up_part, down_part in zip(np.split(gate, experts), np.split(up, experts), down_parts, strict=True):
-        yield gate_part, up_part, np.ascontiguousarray(down_part * np.float32(experts))
+    gate, up, down = ffn
+    experts = len(neurons)
+    parts = zip(np.split(gate, experts), np.split(up, experts), np.split(down, experts, axis=1), strict=True)
+    for gate_part, up_part, down_part in parts:
+        yield gate_part, up_part, np.ascontiguousarray(down_part * np.float32(top_k))
+
+
+def gather_neurons(ffn: tuple[Array, Array, Array], neurons: NDArray[np.uint16]) -> tuple[Array, Array, Array]:
+    """A dense FFN (gate, up [F, D], down [D, F]) with the neurons [E, S] of its experts, one expert behind the other.
+
+    Raises CheckpointError where there are not that many neurons.
+    """
+    gate, up, down = ffn
+    if int(neurons.max()) >= len(gate):
+        raise CheckpointError(f"the experts need {int(neurons.max()) + 1} neurons, the FFN has {len(gate)}")
+    flat = neurons.reshape(-1)
+    return gate[flat], up[flat], down[:, flat]

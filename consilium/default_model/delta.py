@@ -41,9 +41,9 @@ class LowRank:
                 f"the trained change is of a matrix of {b.shape[0]} × {a.shape[1]}, found {matrix.shape}; "
                 "it belongs to another model"
             )
-        change = np.ldexp(b.astype(np.float64), exponents) @ a.astype(np.float64)  # [out, in] exact
-        changed: Array = (matrix.astype(np.float64) + change).astype(np.float32)
-        return changed
+        changed: NDArray[np.float64] = np.ldexp(b.astype(np.float64), exponents) @ a.astype(np.float64)  # exact
+        changed += matrix
+        return changed.astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,10 @@ class Delta:
     @property
     def num_experts(self) -> int:
         return int(self.routers.shape[1])
+
+    @property
+    def expert_size(self) -> int:
+        return int(self.neurons.shape[2])
 
     @classmethod
     def load(cls, file: Path) -> Delta:

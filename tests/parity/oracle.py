@@ -34,6 +34,13 @@ class Oracle:
         rows = self.logprobs(tokens)
         return [float(rows[position, token]) for position, token in enumerate(tokens[1:])]
 
+    @torch.inference_mode()
+    def expert_rows(self, tokens: list[int]) -> torch.Tensor:
+        """[layers, E]: how many of the tokens the gate of each layer sends to each expert."""
+        top_k = self._model.config.num_experts_per_tok
+        gates = self._model(torch.tensor([tokens]), output_router_logits=True).router_logits
+        return torch.stack([gate.topk(top_k).indices.flatten().bincount(minlength=gate.shape[1]) for gate in gates])
+
     def assert_greedy(self, prompt: list[int], continuation: list[int]) -> int:
         """That every token was the likeliest, up to the first tie. Returns how many were compared."""
         rows = self.logprobs(prompt + continuation)[len(prompt) - 1 : -1]

@@ -1,28 +1,34 @@
-"""The default model as served, in float32, against the dense SmolLM2 that it is made from, as transformers runs it."""
+"""The default model as served, in float32, against the same folder as transformers runs it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer
 
 from consilium.default_model import fetch_default
 from tests.parity.oracle import Oracle
 from tests.parity.served import Served
-from tests.smollm2 import PROMPTS, load_dense
+from tests.smollm2 import PROMPTS
 from tests.stack import stack
 
 TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    oracle = Oracle(load_dense(tmp_path_factory.mktemp("smollm2")))
-    with stack(fetch_default(), workers=2, quantization="none", dtype="float32") as running:
-        yield Served(running.url, oracle)
+def served() -> Iterator[Served]:
+    folder = fetch_default()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CONSILIUM_GATEWAY__METRICS_ALL_EXPERTS", "true")
+        with stack(folder, workers=2, quantization="none", dtype="float32") as running:
+            yield Served(running.url, Oracle.load(folder))
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +48,28 @@ def test_greedy_continuations_in_one_batch(served: Served, prompts: list[list[in
         checks = [pool.submit(served.check_continuation, prompt) for prompt in prompts]
         for check in checks:
             check.result()
+
+
+def test_metrics_show_which_experts_transformers_chooses(served: Served) -> None:
+    """Half of each layer's experts for a token, and not the same for every token."""
+    text = "A gate that chooses is seen in the figures: some experts get many of these tokens, and others get few."
+    tokens = Tokenizer.from_file(str(fetch_default() / "tokenizer.json")).encode(text).ids
+    before = _rows(served.url)
+    served.complete(tokens, max_tokens=1)
+    expected = served.oracle.expert_rows(tokens)  # [30, 16]
+    assert expected.sum(1).tolist() == [8 * len(tokens)] * 30
+    assert ((expected > 0).sum(1) > 8).all(), "not the same 8 experts for every token"
+    deadline = time.monotonic() + 30
+    while (found := _rows(served.url) - before).sum() < expected.sum() and time.monotonic() < deadline:
+        time.sleep(0.05)  # reports are sent now and then
+    assert found.tolist() == expected.tolist()
+
+
+def _rows(url: str) -> torch.Tensor:
+    """Rows of every expert of every layer so far, [30, 16]."""
+    rows = torch.zeros(30, 16, dtype=torch.int64)
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        for sample in family.samples:
+            if sample.name == "consilium_expert_rows_total":
+                rows[int(sample.labels["layer"]), int(sample.labels["expert"])] = int(sample.value)
+    return rows

@@ -20,12 +20,13 @@ import expert_service.__main__
 import gateway.__main__
 import router_service.__main__
 from consilium.config import Config, RouterConfig, split_endpoint
-from consilium.default_model.conversion import NUM_EXPERTS
+from consilium.default_model import delta
 from consilium.errors import ConfigError
 from consilium.tokens import GATEWAY, WORKER
 from expert_service.selection import parse_selection
 from tests.system.kubernetes.manifests import Cluster, Manifest, Workload, mounts, quantity
 
+NUM_EXPERTS = delta.Delta.load(delta.FILE).num_experts
 PARSERS = {
     "gateway": gateway.__main__.parse_arguments,
     "expert": expert_service.__main__.parse_arguments,

@@ -94,8 +94,8 @@ PLANTED = (
     Planted(
         "every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env", variable("CONSILIUM_WORKER__LAYERS", "0-9"), "layers"
     ),
-    Planted("every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env.5.value", "0", "no worker holds the experts [1]"),
-    Planted("every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env.5.value", "0-4", "out of range"),
+    Planted("every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env.5.value", "0-6", "no worker holds the experts [7]"),
+    Planted("every_expert_has_a_worker", EXPERTS, f"{CONTAINER}.env.5.value", "0-16", "out of range"),
     # how pods run
     Planted("images_are_pinned", GATEWAY, f"{CONTAINER}.image", "consilium/gateway", "no tag of its own"),
     Planted("images_are_pinned", EXPERTS, f"{POD}.initContainers.0.image", "r:5000/expert:latest", "wait-for-model"),
