@@ -27,7 +27,7 @@ from consilium.integer_product import IntegerProduct, find_integer_product, torc
 from consilium.quantization import Quantized, quantize_rows
 
 SHAPES = {  # hidden size, expert FFN size
-    "default": (576, 384),
+    "default": (576, 176),
     "qwen3-30b-a3b": (2048, 768),
     "olmoe-1b-7b": (2048, 1024),
     "mixtral-8x7b": (4096, 14336),

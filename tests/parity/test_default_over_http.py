@@ -23,12 +23,12 @@ TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = fetch_default()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("CONSILIUM_GATEWAY__METRICS_ALL_EXPERTS", "true")
-        with stack(folder, workers=2, quantization="none", dtype="float32") as running:
-            yield Served(running.url, Oracle.load(folder))
+    settings = tmp_path_factory.mktemp("config") / "consilium.yaml"
+    settings.write_text("gateway: {metrics_all_experts: true}")
+    with stack(folder, 2, quantization="none", dtype="float32", gateway_args=("--config", str(settings))) as running:
+        yield Served(running.url, Oracle.load(folder))
 
 
 @pytest.fixture(scope="module")
