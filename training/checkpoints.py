@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from consilium.errors import CheckpointError
+from training.blocks import Tokens
 from training.distill import Distillation, TrainingError
 from training.split import Split
 
-NAME, SPLITS = "run.safetensors", "splits.safetensors"
+NAME, SPLITS, ROWS = "run.safetensors", "splits.safetensors", "generated.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_run(run: Distillation, folder: Path, recipe_hash: str) -> None:
-    """Write the state; a full disk or a kill in between leaves the one before as it was. Raises TrainingError."""
+def save_run(run: Distillation, folder: Path, recipe_hash: str, grown: Sequence[Sequence[int]] = ()) -> None:
+    """Write the state; a full disk or a kill in between leaves the one before as it was. Raises TrainingError.
+
+    ``grown`` are the experts that were split so far, one of each layer every time.
+    """
     named = run.student.parameters()
     tensors = {name: tensor.detach().cpu() for name, tensor in named.items()}
     for name, tensor in named.items():
@@ -29,7 +35,17 @@ def save_run(run: Distillation, folder: Path, recipe_hash: str) -> None:
     for number, layer in enumerate(run.student.layers):
         if layer.router is not None:
             tensors[f"{number}.bias"] = layer.router.bias.cpu()
-    _write(folder / NAME, tensors, {"step": str(run.step), "recipe": recipe_hash})
+    if run.load is not None:
+        tensors["load"] = run.load.cpu()
+    steps = {"step": str(run.step), "first_step": str(run.first_step)}
+    _write(folder / NAME, tensors, {**steps, "recipe": recipe_hash, "grown": json.dumps(grown)})
+
+
+def load_growth(folder: Path, recipe_hash: str) -> list[list[int]]:
+    """The experts that the run in ``folder`` has split; none where there is no run. Raises CheckpointError."""
+    found = _read(folder / NAME, recipe_hash)
+    grown: list[list[int]] = [] if found is None else json.loads(found[1]["grown"])
+    return grown
 
 
 def load_run(run: Distillation, folder: Path, recipe_hash: str) -> bool:
@@ -38,7 +54,8 @@ def load_run(run: Distillation, folder: Path, recipe_hash: str) -> bool:
     if found is None:
         return False
     tensors, metadata = found
-    run.step = int(metadata["step"])
+    run.step, run.first_step = int(metadata["step"]), int(metadata["first_step"])
+    run.load = tensors.get("load")
     with torch.no_grad():
         _restore(run, tensors)
     return True
@@ -64,6 +81,17 @@ def load_splits(folder: Path, recipe_hash: str, device: torch.device) -> list[Sp
         Split(*(tensors[f"{number}.{name}"].to(device) for name in Split._fields))
         for number in range(int(metadata["layers"]))
     ]
+
+
+def save_rows(rows: Tokens, folder: Path, recipe_hash: str) -> None:
+    """Write what the teacher wrote. Raises TrainingError."""
+    _write(folder / ROWS, {"rows": torch.from_numpy(rows.astype(np.int32))}, {"recipe": recipe_hash})
+
+
+def load_rows(folder: Path, recipe_hash: str) -> Tokens | None:
+    """What ``save_rows`` wrote; None where it did not. Raises CheckpointError for those of another recipe."""
+    found = _read(folder / ROWS, recipe_hash)
+    return None if found is None else found[0]["rows"].numpy().astype(np.uint16)
 
 
 def _write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -97,7 +125,9 @@ def _restore(run: Distillation, tensors: dict[str, Tensor]) -> None:
         tensor.copy_(tensors[name])
         if f"exp_avg.{name}" in tensors:
             state = run.optimizer.state[tensor]
-            state["step"] = torch.tensor(float(run.step), device=tensor.device if tensor.is_cuda else "cpu")
+            state["step"] = torch.tensor(
+                float(run.step - run.first_step), device=tensor.device if tensor.is_cuda else "cpu"
+            )
             for moment in _MOMENTS:
                 state[moment] = tensors[f"{moment}.{name}"].to(tensor.device)
     for number, layer in enumerate(run.student.layers):

@@ -59,7 +59,14 @@ class Kernels:
 
 
 class Distillation:
-    """A run that can be taken up again after any step: its state is ``student``, ``optimizer`` and ``step``."""
+    """A run that can be taken up again after any step: its state is ``student``, ``optimizer`` and ``step``.
+
+    ``load`` [layers, E] is the part of all choices that each expert got at the last report, ``first_step`` the one at
+    which the optimizer started.
+    """
+
+    load: Tensor | None = None
+    first_step = 0
 
     def __init__(
         self,
@@ -85,17 +92,26 @@ class Distillation:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
         self._dtype = teacher.embed.dtype
 
-    def run(self) -> Iterator[Report]:
-        """The remaining steps. Raises TrainingError when the gate collapses or a loss is not finite."""
-        every, settings = self.settings.report_every, self.settings
+    def grown(self, student: Student) -> Distillation:
+        """The same run with a student that has more experts; its optimizer starts anew."""
+        run = Distillation(student, self._teacher, self._blocks, self.settings, self._kernels)
+        run.step = run.first_step = self.step
+        return run
+
+    def run(self, until: int | None = None) -> Iterator[Report]:
+        """The remaining steps, or those before ``until``.
+
+        Raises TrainingError when the gate collapses or a loss is not finite.
+        """
+        every, last = self.settings.report_every, self.settings.steps if until is None else until
         start, since = time.perf_counter(), self.step
-        while self.step < settings.steps:
+        while self.step < last:
             losses, gates = self._advance()
             self.step += 1
-            if self.step % every == 0 or self.step == settings.steps:
+            if self.step % every == 0 or self.step == last:
                 found = [float(each) for each in losses]  # waits for the device
                 seconds, start = time.perf_counter() - start, time.perf_counter()
-                tokens = (self.step - since) * settings.batch * self._blocks.shape[1]
+                tokens = (self.step - since) * self.settings.batch * self._blocks.shape[1]
                 since = self.step
                 yield self._report(found, gates, tokens / seconds)
 
@@ -174,7 +190,7 @@ class Distillation:
             raise TrainingError(f"step {self.step}: a loss is not finite; start again with a lower learning_rate")
         balance, smallest, largest = 0.0, 1.0, 1.0
         if gates:
-            load = torch.stack([each.load for each in gates])  # [layers, E]
+            self.load = load = torch.stack([each.load for each in gates])  # [layers, E]
             shares = load * load.shape[1]
             balance = float(torch.stack([each.loss.detach() for each in gates]).sum())
             smallest, largest = float(shares.min()), float(shares.max())

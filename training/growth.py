@@ -7,6 +7,8 @@ Komatsuzaki et al. 2023.) Letters: E experts, F neurons of all experts, D hidden
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,20 +17,19 @@ from training.llama import Matrices
 from training.student import Adapter, Router, Student, StudentLayer
 
 
-def grow(student: Student, load: Tensor, generator: torch.Generator, apart: float = 0.25) -> Student:
-    """The student with one expert more in every layer, for load [layers, E]; its optimizer starts anew.
+def grow(student: Student, busiest: Sequence[int], generator: torch.Generator, apart: float = 0.25) -> Student:
+    """The student with one expert more in every layer, for the expert of each layer that is split.
 
     ``apart`` is how far the two gates move, in lengths of the busiest expert's own.
     """
-    layers = [_grown(layer, load[number], generator, apart) for number, layer in enumerate(student.layers)]
-    return student.replaced(layers)
+    pairs = zip(student.layers, busiest, strict=True)
+    return student.replaced([_grown(layer, expert, generator, apart) for layer, expert in pairs])
 
 
-def _grown(layer: StudentLayer, load: Tensor, generator: torch.Generator, apart: float) -> StudentLayer:
+def _grown(layer: StudentLayer, busiest: int, generator: torch.Generator, apart: float) -> StudentLayer:
     router = layer.router
     if router is None or router.paired:
         raise ConfigError("growth needs a gate whose experts are not paired")
-    busiest = int(load.argmax())
     mine = router.spread[busiest].nonzero()[:, 0]  # the neurons that are copied
     order = torch.cat((torch.arange(router.spread.shape[1], device=mine.device), mine))
     row = router.weight.detach()[busiest]

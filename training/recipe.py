@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from consilium.config_sources import read_yaml
 from consilium.errors import ConfigError
@@ -26,6 +26,7 @@ class SplitRecipe(_Section):
     neurons: int = Field(gt=0, description="neurons of an expert; half of a slice's is the least, all of it the most")
     sample_blocks: int = Field(48, gt=0, description="blocks of text that are looked at")
     firing_share: float = Field(0.5, gt=0, lt=1, description="part of the neurons that count as firing for a token")
+    shared: int = Field(0, ge=0, description="neurons of every slice that are in both of its experts: always active")
     random: bool = Field(False, description="deal neurons out by chance, for comparison")
 
 
@@ -67,13 +68,33 @@ class DistillRecipe(_Section):
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
 
 
+class GeneratedRecipe(_Section):
+    """Text that the teacher writes itself; its first and last words are its own."""
+
+    topics: Path = Field(description="a text file, a topic a line")
+    rows: int = Field(1024, gt=0, description="written at a time")
+    length: int = Field(512, gt=1, description="tokens of a row")
+    rounds: int = Field(24, gt=0)
+    temperatures: tuple[float, ...] = Field((0.8, 0.9, 1.0), min_length=1)
+    seed: int = 1
+
+
+class GrowthRecipe(_Section):
+    """Progressive growth: every so many steps each layer's busiest expert is split. Needs `gate.paired: false`."""
+
+    experts: int = Field(0, ge=0, description="how many times; every time one expert more in each layer")
+    every: int = Field(100, gt=0, description="steps before each")
+
+
 class Recipe(_Section):
     """All of it."""
 
     teacher: Path = Field(description="a llama model: a GGUF file, or a Hugging Face folder")
     text: dict[str, Path] = Field(
-        min_length=1, description="corpora by name: text files, documents between blank lines"
+        min_length=1, description="corpora by name: .jsonl files (`text` is a document), or texts between blank lines"
     )
+    measured_text: dict[str, Path] = Field({}, description="corpora that are never learned from")
+    generated: GeneratedRecipe | None = None
     separator: str = Field("<|endoftext|>", description="the token in front of every document")
     held_out: float = Field(0.03, gt=0, lt=0.5, description="part of every corpus's documents that is only measured")
     block_length: int = Field(1024, gt=1)
@@ -81,7 +102,17 @@ class Recipe(_Section):
     split: SplitRecipe
     ranks: RankRecipe = RankRecipe()
     gate: GateRecipe = GateRecipe()
+    growth: GrowthRecipe = GrowthRecipe()
     distill: DistillRecipe = DistillRecipe()
+    delta: bool = Field(False, description="also write delta.npz, small, and make the model out of it")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.growth.experts and (self.gate.paired or self.delta or self.dense):
+            raise ValueError("growth.experts: only without delta and dense, and with `gate.paired: false`")
+        if self.growth.experts and self.growth.experts * self.growth.every >= self.distill.steps:
+            raise ValueError("growth: the last expert comes after the last step; ask for fewer, or a shorter `every`")
+        return self
 
     def settings(self) -> DistillSettings:
         """What the loop is told."""
@@ -106,12 +137,16 @@ def load_recipe(file: Path) -> Recipe:
     except ValidationError as error:
         raise ConfigError("\n".join(f"{file}: {_explain(each)}" for each in error.errors())) from None
     folder = file.parent
-    text = {name: folder / path for name, path in recipe.text.items()}
-    return recipe.model_copy(update={"teacher": folder / recipe.teacher, "text": text})
+    found: dict[str, Any] = {"teacher": folder / recipe.teacher}
+    for key in ("text", "measured_text"):
+        found[key] = {name: folder / path for name, path in getattr(recipe, key).items()}
+    if recipe.generated is not None:
+        found["generated"] = recipe.generated.model_copy(update={"topics": folder / recipe.generated.topics})
+    return recipe.model_copy(update=found)
 
 
 def _explain(error: Any) -> str:
-    place = ".".join(map(str, error["loc"]))
+    place = ".".join(map(str, error["loc"])) or "the recipe"
     if error["type"] != "extra_forbidden":
         return f"{place}: {error['msg']}"
     section: type[BaseModel] = Recipe

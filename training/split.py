@@ -35,8 +35,12 @@ class Split(NamedTuple):
     router: Tensor  # [E, D] float32
 
 
-def split_layer(activity: Activity, slices: Tensor, pairs: int, size: int) -> Split:
-    """``pairs`` pairs of experts of ``size`` neurons each, for slices [F] that say where each neuron belongs."""
+def split_layer(activity: Activity, slices: Tensor, pairs: int, size: int, shared: int = 0) -> Split:
+    """``pairs`` pairs of experts of ``size`` neurons each, for slices [F] that say where each neuron belongs.
+
+    The ``shared`` neurons of a slice that say most over all tokens are in both of its experts. One of the two is always
+    chosen, so those of all slices together are a shared expert that costs no call of its own.
+    """
     energy = said(activity).square()  # [N, F]
     energy /= energy.sum(1, keepdim=True)
     inputs = activity.inputs.float()
@@ -44,28 +48,31 @@ def split_layer(activity: Activity, slices: Tensor, pairs: int, size: int) -> Sp
     neurons, routers = [], []
     for number in range(pairs):
         members = (slices == number).nonzero()[:, 0]  # [C]
-        plus, minus, direction = split_slice(energy[:, members], inputs, fit, size)
+        plus, minus, direction = split_slice(energy[:, members], inputs, fit, size, shared)
         neurons += [members[plus], members[minus]]
         routers += [direction, -direction]
     return Split(torch.stack(neurons), torch.stack(routers))
 
 
-def split_slice(energy: Tensor, inputs: Tensor, fit: Ridge, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_slice(
+    energy: Tensor, inputs: Tensor, fit: Ridge, size: int, shared: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The neurons of both experts (each [S], ascending) and the gate's direction [D], for one slice's energy [N, C]."""
     centred = energy.sqrt() - energy.sqrt().mean(0)
     axes = torch.linalg.eigh(centred.T @ centred).eigenvectors  # [C, C] by rising eigenvalue
     lead = centred @ axes[:, -1]  # [N] how far a token is on the first one's side
     for _ in range(PAIR_ROUNDS):
-        plus, minus = _both_best(energy, lead > lead.median(), size)
+        plus, minus = _both_best(energy, lead > lead.median(), size, shared)
         lead = energy[:, plus].sum(1) - energy[:, minus].sum(1)
     direction = fit.balanced(lead)
-    plus, minus = _both_best(energy, inputs @ direction > 0, size)
+    plus, minus = _both_best(energy, inputs @ direction > 0, size, shared)
     return plus, minus, direction
 
 
-def _both_best(energy: Tensor, positive: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The ``size`` neurons that say most on each side, ascending."""
-    sides = (energy[positive].sum(0), energy[~positive].sum(0))
+def _both_best(energy: Tensor, positive: Tensor, size: int, shared: int) -> tuple[Tensor, Tensor]:
+    """The ``size`` neurons that say most on each side, ascending; the ``shared`` that say most at all are on both."""
+    always = energy.sum(0).topk(shared).indices
+    sides = [energy[side].sum(0).index_fill(0, always, torch.inf) for side in (positive, ~positive)]
     plus, minus = (side.topk(size).indices.sort().values for side in sides)
     return plus, minus
 

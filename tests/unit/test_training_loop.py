@@ -161,7 +161,7 @@ def test_growing_copies_the_busiest_expert_and_shares_its_tokens(tmp_path: Path)
     with torch.no_grad():
         _, gates = student_states(student, tokens, torch.ones(()), options, torch.float32)
     load = torch.stack([gated.load for gated in gates])  # [layers, E]
-    grown = grow(student, load, torch.Generator().manual_seed(0))
+    grown = grow(student, load.argmax(1).tolist(), torch.Generator().manual_seed(0))
     with torch.no_grad():
         _, after = student_states(grown, tokens, torch.ones(()), options, torch.float32)
     busiest = int(load[0].argmax())

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from consilium.checkpoint import Checkpoint
+from consilium.default_model.delta import Delta
 from consilium.errors import CheckpointError, ConfigError
 from gateway.evaluation import REFERENCE, Evaluated
 from tests import tiny_gguf
 from tests.tiny_teacher import PAIRS, tiny_blocks, tiny_student, tiny_teacher
+from training.__main__ import main as training_main
 from training.blocks import cut_blocks, is_held_out, is_repetitive, join_documents
-from training.checkpoints import NAME
+from training.checkpoints import NAME, ROWS
 from training.choices import Item, is_right, paired_difference
 from training.corpora import chat, docs, glosses, nouns
+from training.data import write
+from training.distill import Distillation
 from training.export import write_model
 from training.gates import GateOptions
 from training.generate import Sampler, lay_segments
@@ -28,6 +35,7 @@ from training.recipe import load_recipe
 from training.run import train
 from training.student import student_states
 from training.teacher import load_teacher
+from training.texts import read_documents
 
 RECIPE = """
 teacher: teacher.gguf
@@ -77,12 +85,103 @@ def test_what_is_written_computes_what_was_trained(tmp_path: Path) -> None:
     torch.testing.assert_close(served, (states @ teacher.embed.T)[0], rtol=0, atol=1e-4)
 
 
+def test_a_student_that_grows_is_taken_up_where_it_was(recipe: Path, tmp_path: Path) -> None:
+    grows = RECIPE.replace("steps: 2", "steps: 4") + "gate: {paired: false}\ngrowth: {experts: 2, every: 1}\n"
+    recipe.write_text(grows)
+    train(load_recipe(recipe), tmp_path / "whole")
+    config = Checkpoint(tmp_path / "whole").config
+    assert (config.num_experts, config.top_k, config.expert_size) == (6, 2, 6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "_advance", _interrupted(Distillation._advance, after=3))
+        with pytest.raises(KeyboardInterrupt):
+            train(load_recipe(recipe), tmp_path / "parts")
+    train(load_recipe(recipe), tmp_path / "parts")
+    whole, parts = (load_file(tmp_path / each / "model.safetensors") for each in ("whole", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, msg=name)
+
+
+def _interrupted(advance: Callable[..., Any], after: int) -> Callable[..., Any]:
+    calls = 0
+
+    def counted(self: Distillation) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    return counted
+
+
+def test_a_delta_and_the_model_made_of_it(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe.write_text(RECIPE.replace("sample_blocks: 4", "sample_blocks: 4, shared: 5") + "delta: true\n")
+    train(load_recipe(recipe), out)
+    delta = Delta.load(out / "delta.npz")
+    for layer in delta.neurons.tolist():
+        for plus, minus in zip(layer[::2], layer[1::2], strict=True):
+            assert len(set(plus) & set(minus)) >= 5, "shared by the pair"
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.3.block_sparse_moe.gate.weight"
+    assert np.array_equal(tensors[name].numpy(), delta.routers[3])
+
+
+def test_the_teachers_own_text_is_learned_from(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "topics.txt").write_text("hello\nworld\n")
+    (tmp_path / "more.jsonl").write_text('{"text": "hello world and all of its words"}\n' * 4)
+    generated = "generated: {topics: topics.txt, rows: 6, length: 24, rounds: 1}\nmeasured_text: {more: more.jsonl}\n"
+    recipe.write_text(RECIPE + generated)
+    out = tmp_path / "out"
+    train(load_recipe(recipe), out)
+    assert set(json.loads((out / "figures.json").read_text())["student"]) == {"greetings", "generated", "more"}
+    written = load_file(out / ROWS)["rows"]
+    assert written.shape[1] == 24
+    assert len(written) <= 6
+    (tmp_path / "more.jsonl").write_text('{"txt": 1}\n')
+    with pytest.raises(ConfigError, match=r"more\.jsonl, line 1: must be an object"):
+        train(load_recipe(recipe), out)
+
+
+def test_the_data_script_writes_what_the_recipe_reads(tmp_path: Path) -> None:
+    for name in ("docs", "glosses"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "docs" / "page.rst.txt").write_text("something else entirely " * 20)
+    for kind in ("noun", "verb", "adj", "adv"):
+        (tmp_path / "glosses" / f"data.{kind}").write_text(f"00001 00 n 01 big_{kind} 0 000 | not small\n")
+    (tmp_path / "glosses" / "cntlist.rev").write_text("dog%1:05:00:: 1 9\n")
+    (tmp_path / "chat.json").write_text(json.dumps({"1": {"messages": [[{"text": "hi " * 90}]]}}))
+    sources = {"docs": tmp_path / "docs", "glosses": tmp_path / "glosses", "chat": tmp_path / "chat.json"}
+    counts = write(sources, tmp_path, {"if": "the if statement", "for": "the for statement"})
+    assert counts["topics"] == len("the for statement")
+    for name, count in counts.items():
+        assert sum(map(len, read_documents(tmp_path / f"{name}.jsonl"))) == count > 0
+    assert (tmp_path / "nouns.txt").read_text() == "dog\n"
+
+
+def test_a_full_disk_is_said_by_the_command(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr("training.export.save_file", fail)
+    monkeypatch.setattr(sys, "argv", ["train", str(recipe), "--out", str(tmp_path / "out")])
+    assert training_main() == 1
+    assert "error: model.safetensors No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "out" / NAME).is_file(), "the last checkpoint is intact"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (("neurons: 6", "neurns: 6"), r"split\.neurns: there is no such key; did you mean neurons\?"),
         (("batch: 2", "batch: 0"), r"distill\.batch: Input should be greater than 0"),
         (("neurons: 6", "neurons: 3"), "choose 4 to 8, found 3"),
+        (("neurons: 6", "neurons: 6, shared: 7"), "split.shared: an expert has 6 neurons"),
+        (("ranks:", "growth: {experts: 1, every: 1}\nranks:"), "growth.experts: only without delta and dense"),
+        (("ranks:", "growth: {experts: 2, every: 1}\ngate: {paired: false}\nranks:"), "comes after the last step"),
+        (("ranks:", "generated: {topics: none.txt}\nranks:"), r"generated\.topics: cannot read .*none\.txt"),
         (("block_length: 16", "block_length: 5000"), "less than one block of 5000; give more text"),
         (("greetings.txt", "absent.txt"), r"text\.greetings: cannot read .*absent\.txt: No such file"),
         (("held_out", 'separator: "<none>"\nheld_out'), "separator: the teacher's tokenizer has no token '<none>'"),
