@@ -22,6 +22,7 @@ from protos.router.v1 import router_pb2, router_pb2_grpc
 REFRESH_SECONDS = 1.0
 RPC_SECONDS = 5.0
 HOTTEST = 8
+LATE = 0.7  # of a lease that is left: a worker renews it when 0.8 are left
 
 
 def show(endpoint: str, metadata: Metadata, weight_version: str, *, as_json: bool, once: bool) -> None:
@@ -56,7 +57,7 @@ def summary(found: router_pb2.GetPlacementResponse) -> dict[str, Any]:
         "fewest_copies": counts[0] if counts else 0,
         "most_copies": counts[-1] if counts else 0,
         "balance": round(found.balance, 3) if found.balance else None,
-        "workers": [_worker(each) for each in found.workers],
+        "workers": [_worker(each, found.lease_ms) for each in found.workers],
         "gateways": [
             {"id": each.gateway_id, "epoch": each.epoch, "follows": each.epoch == found.placement.epoch}
             for each in found.gateways
@@ -77,10 +78,12 @@ def render(status: dict[str, Any]) -> Group:
     """The same for a terminal."""
     balance = "no load yet" if status["balance"] is None else f"busiest/mean {status['balance']:.2f}"
     behind = sum(not each["follows"] for each in status["gateways"])
-    gateways = f"{len(status['gateways'])} gateways" + (f", {behind} on an older epoch" if behind else "")
+    gateways = _count(len(status["gateways"]), "gateway") + (f", {behind} on an older epoch" if behind else "")
+    fewest, most = status["fewest_copies"], status["most_copies"]
+    each_has = f"{most} each" if fewest == most else f"{fewest} to {most} each"
     head = Text(
-        f"epoch {status['epoch']} · {len(status['workers'])} workers · {gateways} · {status['copies']} copies of "
-        f"{status['experts']} experts ({status['fewest_copies']} to {status['most_copies']} each) · {balance}"
+        f"epoch {status['epoch']} · {_count(len(status['workers']), 'worker')} · {gateways} · "
+        f"{status['copies']} copies of {status['experts']} experts ({each_has}) · {balance}"
     )
     if len(status["weight_versions"]) > 1:
         names = ", ".join(repr(each) for each in status["weight_versions"])
@@ -106,7 +109,13 @@ def render(status: dict[str, Any]) -> Group:
     return Group(head, workers, *([hottest] if status["hottest"] else []))
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _state(worker: dict[str, Any]) -> str:
+    if worker["late"]:
+        return f"silent for {worker['silent_seconds']:.0f} s"
     if worker["draining"]:
         return "leaving"
     if worker["failed"]:
@@ -116,7 +125,7 @@ def _state(worker: dict[str, Any]) -> str:
     return "loading" if worker["held"] < worker["wanted"] else "dropping"
 
 
-def _worker(each: router_pb2.WorkerState) -> dict[str, Any]:
+def _worker(each: router_pb2.WorkerState, lease_ms: int) -> dict[str, Any]:
     said = each.worker.description
     return {
         "id": said.worker_id,
@@ -130,6 +139,8 @@ def _worker(each: router_pb2.WorkerState) -> dict[str, Any]:
         "draining": each.draining,
         "failed": each.failed,
         "lease_seconds": each.lease_left_ms / 1e3,
+        "silent_seconds": max(0, lease_ms - each.lease_left_ms) / 1e3,
+        "late": each.lease_left_ms < LATE * lease_ms,
         "row_us": each.worker.row_ns / 1e3,
         "read_us": each.worker.read_ns / 1e3,
     }

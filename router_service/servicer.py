@@ -151,6 +151,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 for layer, rows, reads in zip(demand.layers, demand.rows, demand.reads, strict=True)
             ],
             leader=self._controller.leads,
+            lease_ms=int(1e3 * self._config.lease),
             missing=self._controller.missing,
             balance=await asyncio.to_thread(self._controller.balance),
             gateways=[

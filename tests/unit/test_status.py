@@ -55,10 +55,23 @@ def test_the_table() -> None:
     assert ["b", "b:1", "cpu", "h", "leaving", "3", "of", "4", "8", "0.0", "s"] in rows
 
 
+def test_a_worker_that_is_not_heard_of_is_shown_as_such() -> None:
+    found = answer()
+    found.lease_ms = 10_000
+    found.workers[0].lease_left_ms = 7_900  # it is about to renew its lease
+    del found.gateways[0]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(render(summary(found)))
+    rows = [line.split() for line in console.export_text().splitlines()]
+    assert ["a", "a:1", "cpu", "ready"] in [row[:4] for row in rows]
+    assert ["b", "b:1", "cpu", "h", "silent", "for", "10", "s"] in [row[:8] for row in rows]
+    assert rows[0][:8] == ["epoch", "7", "·", "2", "workers", "·", "1", "gateway,"]
+
+
 def test_before_anything_is_known() -> None:
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(render(summary(router_pb2.GetPlacementResponse(missing=8))))
     assert (
-        "0 workers · 0 gateways · 0 copies of 0 experts (0 to 0 each) · no load yet · 8 experts have no holder"
+        "0 workers · 0 gateways · 0 copies of 0 experts (0 each) · no load yet · 8 experts have no holder"
         in console.export_text()
     )

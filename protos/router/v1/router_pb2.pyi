@@ -581,12 +581,15 @@ class GetPlacementResponse(_message.Message):
     BALANCE_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
     WEIGHT_VERSIONS_FIELD_NUMBER: _builtins.int
+    LEASE_MS_FIELD_NUMBER: _builtins.int
     leader: _builtins.bool
     """Whether this router writes placements, or another one does."""
     missing: _builtins.int
     """Experts that nobody has room for, or nobody holds yet."""
     balance: _builtins.float
     """Busiest worker's time over the mean, of the layer where that is largest."""
+    lease_ms: _builtins.int
+    """How long a lease is."""
     @_builtins.property
     def placement(self) -> Global___Placement: ...
     @_builtins.property
@@ -610,10 +613,11 @@ class GetPlacementResponse(_message.Message):
         balance: _builtins.float = ...,
         gateways: _abc.Iterable[Global___GatewayState] | None = ...,
         weight_versions: _abc.Iterable[_builtins.str] | None = ...,
+        lease_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "gateways", b"gateways", "leader", b"leader", "loads", b"loads", "missing", b"missing", "placement", b"placement", "weight_versions", b"weight_versions", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "gateways", b"gateways", "leader", b"leader", "lease_ms", b"lease_ms", "loads", b"loads", "missing", b"missing", "placement", b"placement", "weight_versions", b"weight_versions", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
