@@ -25,7 +25,8 @@ from consilium.checkpoint import Checkpoint
 from consilium.integer_product import IntegerProduct, find_integer_product
 from consilium.models import resolve_model
 from consilium.rope import Rope
-from gateway.attention import Attention, Batch, Segment
+from gateway.attention import Attention
+from gateway.batch import Batch, Segment
 from gateway.fused_attention import FusedAttention
 from gateway.kv_cache import KVCache, KVPool
 from gateway.linear import LinearMaker

@@ -33,13 +33,14 @@ from consilium.integer_product import find_integer_product
 from consilium.models import resolve_model
 from consilium.rope import apply_rope
 from gateway.arithmetic import Arithmetic
-from gateway.attention import Attention, Batch, Segment
+from gateway.attention import Attention
+from gateway.batch import Batch, Segment
 from gateway.fused_attention import FusedAttention
+from gateway.gate import Gate
 from gateway.kv_cache import BLOCK, KVPool, blocks_for
 from gateway.linear import FloatLinear
 from gateway.local_experts import LocalExperts, run_now
 from gateway.model import Model
-from gateway.moe_layer import MoELayer
 from gateway.norm import RMSNorm
 
 # Name, sequences, positions before the step, rows of each.
@@ -54,7 +55,7 @@ LOADS = (
 
 def free_attention(self: Attention, x: Tensor, batch: Batch) -> Tensor:
     """Attention.forward with torch's kernels over the same cache."""
-    (heads, kv_heads, size), (qkv, projection) = self.shape, self.projections
+    (heads, kv_heads, size, *_), (qkv, projection) = self.heads.shape, self.projections
     sizes = [each * size for each in (heads, kv_heads, kv_heads)]
     q, k, v = (part.view(len(x), -1, size) for part in qkv.forward(x).float().split(sizes, dim=1))
     q, k = apply_rope(q, batch.cos, batch.sin), apply_rope(k, batch.cos, batch.sin)
@@ -67,7 +68,7 @@ def free_attention(self: Attention, x: Tensor, batch: Batch) -> Tensor:
 
 def _attend(self: Attention, segment: Segment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     start, stop = segment.position, segment.position + segment.length
-    keys, values = segment.cache.keys[self.layer], segment.cache.values[self.layer]
+    keys, values = segment.cache.keys[self.heads.layer], segment.cache.values[self.heads.layer]
     positions = torch.arange(start, stop)
     keys[:, positions // BLOCK, :, positions % BLOCK] = k
     values[:, start:stop] = v.transpose(0, 1)
@@ -81,10 +82,10 @@ def _attend(self: Attention, segment: Segment, q: Tensor, k: Tensor, v: Tensor) 
     return out[0].transpose(0, 1)
 
 
-def free_route(self: MoELayer, x: Tensor) -> Routing:
-    """MoELayer.route with torch's kernels."""
-    logits = x @ self._gate[:, : self._num_experts]
-    return softmax_top_k(logits, self._top_k, normalize=self._normalize)
+def free_route(self: Gate, x: Tensor) -> Routing:
+    """Gate.route with torch's kernels."""
+    logits = x @ self.matrix[:, : self._num_experts]
+    return softmax_top_k(logits, self._top_k, normalize=self._rule.normalize)
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def free_order(*, linear: bool) -> Iterator[None]:
         for owner, name, other in (
             (Attention, "forward", free_attention),
             (FusedAttention, "takes", lambda self, rows: False),  # noqa: ARG005 (the method's)
-            (MoELayer, "route", free_route),
+            (Gate, "route", free_route),
             (RMSNorm, "forward", norm),
             *([(FloatLinear, "forward", plain)] if linear else []),
         ):

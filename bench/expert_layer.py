@@ -50,7 +50,7 @@ Input = tuple[Tensor, Routing]
 async def layer(gateway: Gateway, x: Tensor, routing: Routing) -> Tensor:
     """[T, D] -> [T, D]. Raises the first error of a row."""
     clock = gateway.dispatcher.clock
-    gateway.gate.route(x)  # what it takes; the routing is the input's, as even as in a trained model
+    gateway.gate.gate.route(x)  # what it takes; the routing is the input's, as even as in a trained model
     clock.mark("gate")
     rows, scales = gateway.arithmetic.expert_rows(x)
     batches = group_by_expert(rows, scales, routing)

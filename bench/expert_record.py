@@ -15,7 +15,7 @@ from consilium.arithmetics import find_arithmetic as find_expert_arithmetic
 from consilium.checkpoint import Checkpoint
 from consilium.config import Config
 from gateway.arithmetic import find_arithmetic
-from gateway.attention import Segment
+from gateway.batch import Segment
 from gateway.batches import ExpertBatches, ExpertOutputs, experts_of_tokens
 from gateway.kv_cache import BLOCK, KVPool, blocks_for
 from gateway.local_experts import LocalExperts, run_now
@@ -41,8 +41,7 @@ def record(checkpoint: Checkpoint, tokens: list[int]) -> NDArray[np.int64]:
     recorder = _Recorder(LocalExperts(checkpoint, of_experts))
     with torch.inference_mode():
         model = Model(checkpoint, find_arithmetic(settings, config), recorder)
-        bytes_per_token = 8 * config.num_layers * config.num_kv_heads * config.head_dim
-        pool = KVPool(config, torch.float32, blocks_for(len(tokens)) * BLOCK * bytes_per_token)
+        pool = KVPool(config, torch.float32, blocks_for(len(tokens)) * BLOCK * 4 * config.cached_elements)
         segment = Segment(pool.allocate(len(tokens), len(tokens)), 0, len(tokens), 0)
         run_now(model.forward(model.batch(tokens, [segment])))
     return np.stack([recorder.chosen[layer] for layer in config.expert_layers()])

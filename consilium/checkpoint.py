@@ -127,6 +127,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: layer {layer} of a {self.config.family} model has no dense FFN")
         return self._separate(self.names.dense, layer, 0, self.config.dense_size)
 
+    def shared(self, layer: int) -> ExpertTensors:
+        """The shared experts of a layer that routes, as one FFN. Raises CheckpointError when the family has none."""
+        if self.names.shared is None or not self.config.moe_layers[layer]:
+            raise CheckpointError(f"{self.folder}: layer {layer} of a {self.config.family} model has no shared experts")
+        return self._separate(self.names.shared, layer, 0, self.config.shared_size)
+
     def _separate(self, layout: ExpertLayout, layer: int, expert: int, size: int) -> ExpertTensors:
         hidden = self.config.hidden_size
         return ExpertTensors(

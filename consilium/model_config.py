@@ -11,26 +11,30 @@ from typing import Any
 
 from consilium.config_json import int_list, optional, optional_size, require_positive, require_size
 from consilium.errors import CheckpointError
+from consilium.gate_rule import GateRule
+from consilium.rope_config import RopeConfig, parse_rope
 
 SUPPORTED_ACTIVATIONS = ("silu",)
-# The rope types, each with the parameters it cannot do without.
-ROPE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-OPTIONAL_ROPE_PARAMETERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding (Su et al. 2021) and how its frequencies are scaled to longer contexts."""
+class ClampedSwiGLU:
+    """gpt-oss's activation (OpenAI 2025): clamped, with a steeper sigmoid, and one added to what it multiplies."""
 
-    theta: float
-    rope_type: str = "default"
-    scaling: Mapping[str, Any] = field(default_factory=dict)  # the parameters of rope_type, as config.json names them
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-AI 2024, "DeepSeek-V2"): what is cached is shared by all heads."""
+
+    rank: int  # elements of the latent that every head's keys and values are made from
+    query_rank: int | None  # of the queries' own latent; None where queries come from the hidden state
+    plain_size: int  # elements of a head's query and key that are not rotated
+    rotated_size: int  # elements that are; those of the key are shared by all heads
+    value_size: int  # elements of a head's value
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,63 +57,50 @@ class ModelConfig:
     expert_size: int  # F
     moe_layers: tuple[bool, ...]  # [L] which layers route; the others have one dense FFN
     dense_size: int = 0  # FFN size of the layers that do not route
-    normalize_top_k: bool = True  # gate weights of the K chosen experts sum to one
-    qk_norm: bool = False
+    gate: GateRule = field(default_factory=GateRule)
+    activation: ClampedSwiGLU | None = None  # of experts; None is SiLU
+    expert_bias: bool = False  # an expert's three products have biases
+    shared_size: int = 0  # FFN size of the shared experts, all of them together
+    shared_gate: bool = False  # their output is weighed by a gate of its own
+    qk_norm: bool = False  # RMS norm of queries and keys
+    qk_norm_whole: bool = False  # over all heads together, not over each
+    clip_qkv: float | None = None  # queries, keys and values are clamped to this
     attention_bias: bool = False
+    output_bias: bool = True  # where there is attention_bias: the output projection has one, too
+    residual_scale: float = 1.0  # of what attention adds to the residual stream
+    attention_scale: float | None = None  # of scores; None is 1/sqrt(d)
+    sinks: bool = False  # every head has one more score, without a value
+    latent: LatentConfig | None = None
     sliding_windows: tuple[int | None, ...] = ()  # [L] most positions a query sees, itself included
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    @property
+    def rotated_size(self) -> int:
+        """Elements of a query or key that are rotated by position: its first ones."""
+        return int(self.head_dim * self.rope.fraction) if self.latent is None else self.latent.rotated_size
+
+    @property
+    def value_size(self) -> int:
+        """Elements of a value as it is cached."""
+        return self.head_dim if self.latent is None else self.latent.rank
+
+    @property
+    def heads_size(self) -> int:
+        """Elements of all heads' outputs together."""
+        return self.num_heads * (self.head_dim if self.latent is None else self.latent.value_size)
+
+    @property
+    def cached_elements(self) -> int:
+        """Elements of keys and values that a token has in the cache, in all layers."""
+        return self.num_layers * self.num_kv_heads * (self.head_dim + self.value_size)
 
     def expert_layers(self) -> list[int]:
         """The layers that route, ascending."""
         return [layer for layer, routes in enumerate(self.moe_layers) if routes]
 
 
-def parse_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
-    """Rope in both dialects: `rope_theta` with `rope_scaling` (transformers 4), `rope_parameters` (5).
-
-    As in transformers, `rope_scaling` comes first, and an original context that is not stated is ``max_position``.
-    Raises CheckpointError for a rope type that is not supported, with the list of those that are.
-    """
-    place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    stated: dict[str, Any] = optional(config, place, {})
-    rope_type = stated.get("rope_type") or stated.get("type") or "default"
-    if not isinstance(rope_type, str) or rope_type not in ROPE_PARAMETERS:
-        raise CheckpointError(
-            f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_PARAMETERS)}"
-        )
-    scaling = {key: value for key, value in stated.items() if key not in ("rope_theta", "rope_type", "type")}
-    needed = ROPE_PARAMETERS[rope_type]
-    if "original_max_position_embeddings" in needed:
-        scaling.setdefault("original_max_position_embeddings", max_position)
-    named = {f"{place}.{key}": value for key, value in scaling.items()}  # as errors name them
-    for key in (*needed, *(key for key in OPTIONAL_ROPE_PARAMETERS if scaling.get(key) is not None)):
-        require_positive(named, f"{place}.{key}")
-    rope = RopeConfig(_rope_theta(config, stated), rope_type, scaling)
-    _check_rope(rope, config)
-    return rope
-
-
-def _rope_theta(config: Mapping[str, Any], stated: Mapping[str, Any]) -> float:
-    theta = require_positive(config if stated.get("rope_theta") is None else stated, "rope_theta")
-    if theta <= 1:
-        raise CheckpointError(f"config.json: rope_theta must be above 1, found {theta}")
-    return theta
-
-
-def _check_rope(rope: RopeConfig, config: Mapping[str, Any]) -> None:
-    if rope.rope_type == "llama3" and rope.scaling["high_freq_factor"] <= rope.scaling["low_freq_factor"]:
-        raise CheckpointError("config.json: high_freq_factor must be above low_freq_factor")
-    if any(isinstance(value, Mapping) for value in rope.scaling.values()):
-        raise CheckpointError(
-            "config.json: rope parameters per layer type are not supported; one set for all layers is"
-        )
-    for rotated in (config.get("partial_rotary_factor"), rope.scaling.get("partial_rotary_factor")):
-        if rotated not in (None, 1):
-            raise CheckpointError(f"config.json: partial_rotary_factor {rotated!r} is not supported; supported: 1")
-
-
-def parse_common(config: Mapping[str, Any]) -> dict[str, Any]:
+def parse_common(config: Mapping[str, Any], *, partial_rotary: bool = False) -> dict[str, Any]:
     """The fields of ModelConfig that every family states under the same names."""
     activation = config.get("hidden_act", "silu")
     if activation not in SUPPORTED_ACTIVATIONS:
@@ -132,7 +123,7 @@ def parse_common(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": optional_size(config, "num_key_value_heads") or heads,
         "head_dim": head_dim or hidden // heads,
         "max_position": max_position,
-        "rope": parse_rope(config, max_position),
+        "rope": parse_rope(config, max_position, partial=partial_rotary),
         "rms_norm_eps": require_positive(config, "rms_norm_eps"),
         "tie_embeddings": optional(config, "tie_word_embeddings", False),
         "eos_token_ids": int_list(config, "eos_token_id"),
@@ -147,8 +138,11 @@ def check(config: ModelConfig) -> ModelConfig:
             f"config.json: {config.num_heads} num_attention_heads cannot share {config.num_kv_heads} "
             "num_key_value_heads evenly"
         )
-    if config.head_dim % 2:
-        raise CheckpointError(f"config.json: head_dim must be even for rotary embedding, found {config.head_dim}")
+    if config.rotated_size % 2 or not config.rotated_size:
+        raise CheckpointError(
+            f"config.json: head_dim must be even for rotary embedding, found {config.head_dim}, of which "
+            f"{config.rotated_size} elements are rotated"
+        )
     if config.top_k > config.num_experts:
         raise CheckpointError(
             f"config.json: num_experts_per_tok is {config.top_k}, of only {config.num_experts} experts"

@@ -16,11 +16,12 @@ CHUNK = 1024  # positions computed at a time
 
 
 class Rope:
-    """Cosines and sines by position; ``d`` is the head size, paired as (i, i + d/2)."""
+    """Cosines and sines by position; ``d`` elements of a head are rotated, paired as (i, i + d/2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         rope = config.rope
-        inverse = rope.theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)  # [d/2]
+        size = config.rotated_size
+        inverse = rope.theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)  # [d/2]
         scale = 1.0
         if rope.rope_type == "linear":
             inverse = inverse / _number(rope.scaling, "factor")

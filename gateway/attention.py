@@ -1,156 +1,93 @@
 """Grouped-query attention (Ainslie et al. 2023) over the contiguous cache of each sequence.
 
-Letters: T rows of the step, D hidden size, H query heads, Hkv key-value heads, d head size, S positions seen.
+Letters: T rows of the step, D hidden size, H query heads, Hkv key-value heads, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from consilium import parallel
 from consilium.checkpoint import Checkpoint
-from consilium.kernels import attention as kernel
-from consilium.kernels.float_tile import BFLOAT16, FLOAT32, Form
-from gateway.kv_cache import BLOCK, KVCache, blocks_for
-from gateway.linear import LinearMaker
-
-# For parallel, which counts bytes of weights: norms and rotations cost as much as so many products for each element,
-# and a thread makes so many products of attention while it reads a byte of weights.
-PREPARING, PRODUCTS_PER_BYTE = 32, 2
-
-
-@dataclass(slots=True)
-class Segment:
-    """Consecutive rows of one step that belong to one sequence."""
-
-    cache: KVCache
-    row: int  # first row in the step
-    length: int
-    position: int  # of the first row in its sequence
-
-    @property
-    def rows(self) -> range:
-        """Its rows in the step."""
-        return range(self.row, self.row + self.length)
-
-    def numbers(self) -> list[int]:
-        """What the kernel is told of it: see consilium.kernels.attention.attend."""
-        keys, values = self.cache.keys, self.cache.values
-        strides = [tensor.stride(axis) * tensor.itemsize for axis in (0, 1) for tensor in (keys, values)]
-        return [keys.data_ptr(), values.data_ptr(), *strides, self.row, self.length, self.position]
-
-
-@dataclass(slots=True)
-class Batch:
-    """The rows of one step: T token ids with their positions, and whose they are."""
-
-    tokens: Tensor  # [T]
-    segments: list[Segment]
-    cos: Tensor  # [T, d/2] float32
-    sin: Tensor  # [T, d/2] float32
-    failures: dict[int, Exception] = field(default_factory=dict)  # row to why it has no valid result
-    stood_in: dict[int, int] = field(default_factory=dict)  # row to layers in which nobody held one of its experts
-    table: NDArray[np.int64] = field(init=False)  # the segments' numbers
-    positions: int = field(init=False)  # of the longest sequence, in whole blocks
-    _workspace: Tensor | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.table = np.array([segment.numbers() for segment in self.segments], np.int64)
-        self.positions = BLOCK * max((blocks_for(each.position + each.length) for each in self.segments), default=0)
-
-    @property
-    def form(self) -> Form:
-        """What the caches are made of, for kernels."""
-        return BFLOAT16 if self.segments[0].cache.keys.dtype is torch.bfloat16 else FLOAT32
-
-    def workspace(self, size: int) -> Tensor:
-        """At least ``size`` bytes that a layer may use until it ends: the same for all layers, so still in a cache."""
-        if self._workspace is None or self._workspace.nbytes < size:
-            self._workspace = torch.empty(size, dtype=torch.int8)
-        return self._workspace
-
-    @property
-    def prefill(self) -> bool:
-        """Whether some of the rows are of prompts."""
-        return len(self.tokens) > len(self.segments)
-
-    def live_rows(self) -> Sequence[int]:
-        """The rows that somebody still waits for: of sequences without a failed row."""
-        if not self.failures:
-            return range(len(self.tokens))
-        spans = [each.rows for each in self.segments]
-        return [row for span in spans if self.failures.keys().isdisjoint(span) for row in span]
+from consilium.kernels import norm as kernel
+from gateway.batch import Batch
+from gateway.heads import Heads
+from gateway.linear import Linear, LinearMaker
+from gateway.matrices import halves_first, read_bias, read_matrix
 
 
 class Attention:
-    """Queries, keys and values of one layer, and the output projection."""
+    """Queries, keys and values of one layer, and the output projection.
+
+    What a family does otherwise is folded into the weights as they are read: the order of a head's rotated elements,
+    the scale of the scores, and the scale of what is added to the residual stream.
+    """
 
     def __init__(self, checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> None:
-        config, names = checkpoint.config, checkpoint.names
-        self.layer, self.hidden_size, self.epsilon = layer, config.hidden_size, np.float32(config.rms_norm_eps)
-        self.shape = config.num_heads, config.num_kv_heads, config.head_dim  # H, Hkv, d
-        self.window = (config.sliding_windows[layer] or 0) if config.sliding_windows else 0
-        inner, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        sizes = {names.q_proj: inner, names.k_proj: kv, names.v_proj: kv}
-
-        def name(template: str) -> str:
-            return template.format(layer=layer)
-
-        def biases(sizes: dict[str, int]) -> list[Tensor]:
-            if not config.attention_bias:
-                return []
-            return [checkpoint.tensor(f"{name(each)}.bias", (size,)) for each, size in sizes.items()]
-
+        config, names, self._layer = checkpoint.config, checkpoint.names, layer
+        self.hidden_size = config.hidden_size
+        factor = 1.0 if config.attention_scale is None else config.attention_scale * math.sqrt(config.head_dim)
+        heads = {names.q_proj: config.num_heads, names.k_proj: config.num_kv_heads, names.v_proj: config.num_kv_heads}
+        matrices, biases = [], []
+        for name, count in heads.items():
+            rows = count * config.head_dim
+            order = None if name == names.v_proj else halves_first(config, count)
+            scale = factor if name == names.q_proj and not config.qk_norm else 1.0
+            place = name.format(layer=layer)
+            matrices.append(read_matrix(checkpoint, place, (rows, config.hidden_size), order, scale))
+            if config.attention_bias:
+                biases.append(read_bias(checkpoint, place, rows, order, scale))
         # One product for queries, keys and values: [(H + 2 Hkv) d, D].
-        matrices = [
-            checkpoint.matrix(f"{name(each)}.weight", (size, config.hidden_size)) for each, size in sizes.items()
-        ]
-        qkv = maker.make(matrices, biases(sizes))
-        out = checkpoint.matrix(f"{name(names.o_proj)}.weight", (config.hidden_size, inner))
-        self.projections = qkv, maker.make([out], biases({names.o_proj: config.hidden_size}))
-        self._norms = [
-            checkpoint.tensor(name(each), (config.head_dim,)).to(torch.float32, copy=True)
-            for each in ((names.q_norm, names.k_norm) if config.qk_norm else ())
-        ]
-        self.norm_addresses = [norm.data_ptr() for norm in self._norms] or [0, 0]
+        qkv = maker.make(matrices, biases)
+        self.projections = qkv, make_output(checkpoint, layer, maker)
+        norms = self._norms(checkpoint, factor) if config.qk_norm else []
+        self._whole_norms = norms if config.qk_norm_whole else []
+        self._clip = config.clip_qkv
+        sinks = checkpoint.tensor(names.sinks.format(layer=layer), (config.num_heads,)) if config.sinks else None
+        each = [] if config.qk_norm_whole else norms
+        self.heads = Heads(config, layer, each, None if sinks is None else sinks.to(torch.float32, copy=True))
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing stands between the projections and the heads."""
+        return not self._whole_norms and self._clip is None
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]; writes this step's keys and values into the caches."""
-        qkv, out = self.projections
-        return out.forward(self._attend(qkv.forward(x).float().contiguous(), batch).to(x.dtype))
+        projection, out = self.projections
+        qkv = projection.forward(x).float().contiguous()
+        self._norm_whole(qkv)
+        if self._clip is not None:
+            qkv.clamp_(-self._clip, self._clip)
+        return out.forward(self.heads.attend(qkv, batch).to(x.dtype))
 
-    def work(self, batch: Batch) -> int:
-        """What attention itself costs, in bytes of weights that take as long to read."""
-        heads, _, size = self.shape
-        # Every query and key is turned and, with all keys seen, multiplied: about so many products.
-        return len(batch.tokens) * heads * size * (PREPARING + 2 * batch.positions) // PRODUCTS_PER_BYTE
+    def _norms(self, checkpoint: Checkpoint, factor: float) -> list[Tensor]:
+        """The weights for queries and keys, of every head [d] or of all heads together."""
+        config, names, found = checkpoint.config, checkpoint.names, []
+        for name, count in ((names.q_norm, config.num_heads), (names.k_norm, config.num_kv_heads)):
+            heads = count if config.qk_norm_whole else 1
+            weight = checkpoint.tensor(name.format(layer=self._layer), (heads * config.head_dim,))
+            order = halves_first(config, heads)
+            weight = weight.to(torch.float32, copy=True) if order is None else weight[order].float()
+            found.append(weight * factor if name == names.q_norm and factor != 1 else weight)
+        return found
 
-    @property
-    def scratch_rows(self) -> int:
-        """Rows of scores that a thread needs room for."""
-        heads, kv_heads, _ = self.shape
-        return max(kernel.BLOCK, heads // kv_heads)
+    def _norm_whole(self, qkv: Tensor) -> None:
+        """Norm all heads of queries, then of keys, together; in place."""
+        rows, width = qkv.shape
+        start = qkv.data_ptr()
+        for weight in self._whole_norms:
+            kernel.norm_part(start, rows, width, len(weight), weight.data_ptr(), self.heads.epsilon)
+            start += 4 * len(weight)
 
-    def _attend(self, qkv: Tensor, batch: Batch) -> Tensor:
-        """[T, (H + 2 Hkv) d] -> [T, H d]."""
-        heads, _, size = self.shape
-        out = torch.empty(len(qkv), heads * size)
-        parts = parallel.count_slices(self.work(batch))
-        scratch = torch.empty(parts, self.scratch_rows, batch.positions)
-        norms = np.array(self.norm_addresses, np.int64)
 
-        def work(sharer: parallel.Sharer) -> None:
-            turns = batch.cos.data_ptr(), batch.sin.data_ptr()
-            sequences = batch.table.ctypes.data, len(batch.segments), self.layer, self.window
-            places = scratch.data_ptr(), 4 * batch.positions, out.data_ptr()
-            norm = norms.ctypes.data, self.epsilon
-            kernel.attend(batch.form, qkv.data_ptr(), *self.shape, *norm, *turns, *sequences, *places, sharer)
-
-        parallel.share(work, 1, parts)
-        return out
+def make_output(checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> Linear:
+    """The output projection [D, H dv]."""
+    config, name = checkpoint.config, checkpoint.names.o_proj.format(layer=layer)
+    matrix = read_matrix(checkpoint, name, (config.hidden_size, config.heads_size), None, config.residual_scale)
+    biases = []
+    if config.attention_bias and config.output_bias:
+        biases = [read_bias(checkpoint, name, config.hidden_size, None, config.residual_scale)]
+    return maker.make([matrix], biases)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consilium.errors import ConsiliumError
-from gateway.attention import Batch, Segment
+from gateway.batch import Batch, Segment
 from gateway.dispatcher import Dispatcher
 from gateway.mailbox import Mailbox
 from gateway.messages import EngineStats, Generate, Output, Step, TokenLogprobs

@@ -21,7 +21,7 @@ from consilium.checkpoint import Checkpoint
 from consilium.config import Config, DenseQuantization, GatewayConfig, Quantization, RowDType
 from consilium.errors import CheckpointError, ConfigError
 from gateway.arithmetic import find_arithmetic
-from gateway.attention import Segment
+from gateway.batch import Segment
 from gateway.kv_cache import BLOCK, KVPool, blocks_for
 from gateway.local_experts import LocalExperts, run_now
 from gateway.model import Model
@@ -96,8 +96,7 @@ class Evaluated:
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """[T, V] float32 after each token of one window."""
         config, dtype = self._config, self._arithmetic.dtype
-        bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-        pool = KVPool(config, dtype, blocks_for(len(tokens)) * BLOCK * bytes_per_token)
+        pool = KVPool(config, dtype, blocks_for(len(tokens)) * BLOCK * config.cached_elements * dtype.itemsize)
         segment = Segment(pool.allocate(len(tokens), len(tokens)), 0, len(tokens), 0)
         batch = self._model.batch(list(tokens), [segment])
         return self._model.logits(run_now(self._model.forward(batch)))

@@ -11,7 +11,8 @@ from torch import Tensor, empty_like
 from consilium import parallel
 from consilium.integer_product import IntegerProduct
 from consilium.kernels import attention_layer as kernel
-from gateway.attention import Attention, Batch
+from gateway.attention import Attention
+from gateway.batch import Batch
 from gateway.linear import Int8Linear
 from gateway.norm import RMSNorm
 
@@ -28,8 +29,9 @@ class FusedAttention:
             raise TypeError("where there is an integer product, projections are int8")
         self._attention, self._product = attention, product
         self._alive = before, qkv, out, after  # whose tensors the addresses are of
-        weights = before.address, *qkv.addresses, *attention.norm_addresses, *out.addresses, after.address
-        sizes = attention.hidden_size, *attention.shape, attention.layer, attention.window
+        heads = attention.heads
+        weights = before.address, *qkv.addresses, *heads.addresses, *out.addresses, after.address
+        sizes = attention.hidden_size, *heads.shape, heads.layer, heads.window
         self._layer = np.array([*weights, *sizes], np.int64)
         self.weight_bytes = qkv.weight_bytes + out.weight_bytes
 
@@ -39,11 +41,11 @@ class FusedAttention:
 
     def forward(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """x [T, D] float32 -> the residual stream and its norm, both [T, D]; writes keys and values into the caches."""
-        attention, rows = self._attention, len(x)
-        parts = parallel.count_slices(self.weight_bytes + attention.work(batch))
+        heads, rows = self._attention.heads, len(x)
+        parts = parallel.count_slices(self.weight_bytes + heads.work(batch))
         scratch_row = 4 * batch.positions
-        size = kernel.workspace_bytes(rows, attention.hidden_size, *attention.shape)
-        workspace = batch.workspace(size + parts * attention.scratch_rows * scratch_row)
+        size = kernel.workspace_bytes(rows, self._attention.hidden_size, *heads.shape[:4])
+        workspace = batch.workspace(size + parts * heads.scratch_rows * scratch_row)
         y, normed = empty_like(x), empty_like(x)
         sequences = batch.table.ctypes.data, len(batch.segments)
         addresses = x.data_ptr(), rows, batch.cos.data_ptr(), batch.sin.data_ptr(), *sequences
@@ -51,7 +53,7 @@ class FusedAttention:
         layer, form = self._layer.ctypes.data, batch.form
 
         def work(sharer: parallel.Sharer) -> None:
-            kernel.compute(self._product.kind, form, attention.epsilon, layer, step.ctypes.data, sharer)
+            kernel.compute(self._product.kind, form, heads.epsilon, layer, step.ctypes.data, sharer)
 
         parallel.share(work, kernel.PHASES, parts)
         return y, normed

@@ -25,7 +25,7 @@ class KVCache:
     """Keys and values of one sequence, of which ``blocks`` are paid for; contiguous, committed as they are written."""
 
     keys: Tensor  # [L, Hkv, blocks, d, BLOCK]: a query's products with the keys of one block lie side by side
-    values: Tensor  # [L, Hkv, blocks * BLOCK, d]
+    values: Tensor  # [L, Hkv, blocks * BLOCK, dv]
     blocks: int
 
     @property
@@ -44,9 +44,9 @@ class KVPool:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, memory: int) -> None:
         self._shape = (config.num_layers, config.num_kv_heads)
-        self._head_dim = config.head_dim
+        self._key_size, self._value_size = config.head_dim, config.value_size
         self._dtype = dtype
-        bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+        bytes_per_token = config.cached_elements * dtype.itemsize
         self.total_blocks = memory // (bytes_per_token * BLOCK)
         self.free_blocks = self.total_blocks
         if not self.total_blocks:
@@ -61,8 +61,8 @@ class KVPool:
         """A cache with ``tokens`` positions paid for and address space for ``capacity``."""
         blocks, room = blocks_for(tokens), blocks_for(capacity)
         self.free_blocks -= blocks
-        keys = lazy_tensor((*self._shape, room, self._head_dim, BLOCK), self._dtype)
-        values = lazy_tensor((*self._shape, room * BLOCK, self._head_dim), self._dtype)
+        keys = lazy_tensor((*self._shape, room, self._key_size, BLOCK), self._dtype)
+        values = lazy_tensor((*self._shape, room * BLOCK, self._value_size), self._dtype)
         return KVCache(keys, values, blocks)
 
     def grow(self, cache: KVCache, tokens: int) -> bool:
@@ -79,8 +79,8 @@ class KVPool:
         """Take back the positions from ``tokens`` on, and give their memory to the system."""
         blocks = blocks_for(tokens)
         if blocks < cache.blocks:
-            for tensor in (cache.keys, cache.values):
-                release_tails(tensor.view(-1, tensor[0, 0].numel()), blocks * BLOCK * self._head_dim)
+            for tensor, size in ((cache.keys, self._key_size), (cache.values, self._value_size)):
+                release_tails(tensor.view(-1, tensor[0, 0].numel()), blocks * BLOCK * size)
             self.free_blocks += cache.blocks - blocks
             cache.blocks = blocks
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
 from consilium.rope import Rope
-from consilium.silu import silu_and_multiply
 from gateway.arithmetic import Arithmetic
-from gateway.attention import Attention, Batch, Segment
+from gateway.attention import Attention
+from gateway.batch import Batch, Segment
+from gateway.feed_forward import DenseLayer
 from gateway.fused_attention import FusedAttention
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
@@ -23,23 +24,10 @@ from gateway.stage_clock import StageClock
 from gateway.worker import ExpertSource
 
 
-class FeedForward(Protocol):
+class LayerEnd(Protocol):
     """What stands behind the attention of a layer."""
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor: ...
-
-
-class DenseLayer:
-    """The FFN of a layer that does not route (SwiGLU, Shazeer 2020)."""
-
-    def __init__(self, checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> None:
-        gate, up, down = checkpoint.dense(layer)
-        self._gate, self._up, self._down = maker.make([gate]), maker.make([up]), maker.make([down])
-
-    async def forward(self, x: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002 (the protocol's; nothing can fail here)
-        """[T, D] -> [T, D]."""
-        hidden = silu_and_multiply(self._gate.forward(x).float(), self._up.forward(x).float())
-        return self._down.forward(hidden.to(x.dtype))
 
 
 class Block:
@@ -55,11 +43,11 @@ class Block:
         self._attention = Attention(checkpoint, layer, maker)
         self._fused = (
             FusedAttention(self._input_norm, self._attention, self._post_norm, arithmetic.dense)
-            if arithmetic.dense
+            if arithmetic.dense and self._attention.plain
             else None
         )
         self._clock = clock
-        self._feed_forward: FeedForward = (
+        self._feed_forward: LayerEnd = (
             MoELayer(checkpoint, layer, experts, arithmetic, clock)
             if config.moe_layers[layer]
             else DenseLayer(checkpoint, layer, maker)

@@ -5,21 +5,17 @@ Letters: T tokens of the step, D hidden size, E experts, K experts per token.
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
-from consilium import parallel
 from consilium.checkpoint import Checkpoint
 from consilium.errors import ExpertUnavailable
 from consilium.gate import Routing
-from consilium.kernels import gate as kernel
-from consilium.kernels.float_tile import LANES
 from gateway.arithmetic import Arithmetic
-from gateway.attention import PRODUCTS_PER_BYTE, Batch
+from gateway.batch import Batch
 from gateway.batches import ExpertOutputs, combine, group_by_expert, keep_tokens, renormalised
+from gateway.feed_forward import SharedExperts
+from gateway.gate import Gate
+from gateway.linear import LinearMaker
 from gateway.stage_clock import StageClock
 from gateway.worker import ExpertSource
 
@@ -30,18 +26,14 @@ class MoELayer:
     def __init__(
         self, checkpoint: Checkpoint, layer: int, experts: ExpertSource, arithmetic: Arithmetic, clock: StageClock
     ) -> None:
-        config = checkpoint.config
-        name = checkpoint.names.router.format(layer=layer)
-        gate = checkpoint.tensor(name, (config.num_experts, config.hidden_size)).float()  # [E, D]
-        # As the kernel reads it: [D, E], filled up to whole vectors.
-        self._gate = torch.zeros(config.hidden_size, -(-config.num_experts // LANES) * LANES)
-        self._gate[:, : config.num_experts] = gate.T
-        self._num_experts, self._top_k, self._normalize = config.num_experts, config.top_k, config.normalize_top_k
+        self.gate = Gate(checkpoint, layer)
+        maker = LinearMaker(arithmetic.residual_dtype, arithmetic.dense)
+        self._shared = SharedExperts(checkpoint, layer, maker) if checkpoint.config.shared_size else None
         self._layer, self._experts, self._arithmetic, self._clock = layer, experts, arithmetic, clock
 
     async def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]; rows whose experts could not be had are noted in the batch."""
-        routing = self.route(x)
+        routing = self.gate.route(x)
         self._clock.mark("gate")
         rows, scales = self._arithmetic.expert_rows(x)
         batches = group_by_expert(rows, scales, routing, prefill=batch.prefill)
@@ -52,10 +44,10 @@ class MoELayer:
         batch.failures.update(failures)
         if outputs.stood_in:
             routing = self._stood_in(outputs, routing, batch)
-        combined = combine(outputs, routing).to(x.dtype)
+        combined = combine(outputs, routing)
         outputs.release()
         self._clock.mark("combine")
-        return combined
+        return (combined if self._shared is None else combined + self._shared.forward(x)).to(x.dtype)
 
     def _stood_in(self, outputs: ExpertOutputs, routing: Routing, batch: Batch) -> Routing:
         """Note for which rows something else was done than asking a worker; the weights are those of who is left."""
@@ -68,21 +60,3 @@ class MoELayer:
             error = ExpertUnavailable(f"no worker holds any of the experts that a token of layer {self._layer} needs")
             batch.failures.setdefault(row, error)
         return routing
-
-    def route(self, x: Tensor) -> Routing:
-        """The experts of every row [T, D]."""
-        x = x.float().contiguous()
-        rows, hidden_size = x.shape
-        logits = torch.empty(rows, self._gate.shape[1])  # [T, E], filled up
-        ids, weights = torch.empty(rows, self._top_k, dtype=torch.int64), torch.empty(rows, self._top_k)
-        sizes = self._num_experts, self._top_k, int(self._normalize)
-
-        def route(first: int, last: int) -> None:
-            addresses = (each[first:].data_ptr() for each in (logits, ids, weights))
-            gate = hidden_size, self._gate.data_ptr(), *sizes
-            kernel.softmax_top_k(x[first:].data_ptr(), last - first, *gate, *addresses)
-
-        parts = max(1, min(rows, parallel.count_slices(rows * self._gate.numel() // PRODUCTS_PER_BYTE)))
-        bounds = [rows * part // parts for part in range(parts + 1)]
-        parallel.run([partial(route, first, last) for first, last in pairwise(bounds)])
-        return Routing(ids, weights)

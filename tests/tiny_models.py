@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from tests.tiny_tokenizer import save_tokenizer
 
@@ -40,6 +49,24 @@ def save_qwen3_moe(folder: Path, **overrides: Any) -> Path:
         "norm_topk_prob": True,
     }
     return _save(folder, Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**_COMMON, **sizes, **overrides}))
+
+
+def save_olmoe(folder: Path, **overrides: Any) -> Path:
+    """A random OLMoE in ``folder``, with a tokenizer; ``overrides`` are OlmoeConfig's."""
+    sizes = {"intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 3}
+    return _save(folder, OlmoeForCausalLM, OlmoeConfig(**{**_COMMON, **sizes, **overrides}))
+
+
+def save_qwen2_moe(folder: Path, **overrides: Any) -> Path:
+    """A random Qwen2-MoE in ``folder``, with a tokenizer; ``overrides`` are Qwen2MoeConfig's."""
+    sizes = {
+        "intermediate_size": 80,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 56,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    }
+    return _save(folder, Qwen2MoeForCausalLM, Qwen2MoeConfig(**{**_COMMON, **sizes, **overrides}))
 
 
 def _save(folder: Path, architecture: Any, config: Any) -> Path:

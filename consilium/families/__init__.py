@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from consilium.errors import CheckpointError
-from consilium.families import mixtral, qwen3_moe
+from consilium.families import mixtral, olmoe, qwen2_moe, qwen3_moe
 from consilium.families.names import ExpertLayout, Names
 from consilium.model_config import ModelConfig, check
 
@@ -24,6 +24,8 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(mixtral.parse, mixtral.NAMES),
+    "olmoe": Family(olmoe.parse, olmoe.NAMES),
+    "qwen2_moe": Family(qwen2_moe.parse, qwen2_moe.NAMES),
     "qwen3_moe": Family(qwen3_moe.parse, qwen3_moe.NAMES),
 }
 

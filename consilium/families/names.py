@@ -23,12 +23,32 @@ class ExpertLayout:
         return bool(self.gate_up)
 
 
+MLP = "model.layers.{layer}.mlp"  # where most families keep a layer's FFN
+
+
+def ffn(prefix: str) -> ExpertLayout:
+    """An FFN's three matrices as Llama calls them, below ``prefix``."""
+    return ExpertLayout(
+        gate=prefix + ".gate_proj.weight", up=prefix + ".up_proj.weight", down=prefix + ".down_proj.weight"
+    )
+
+
+def separate_or_fused(prefix: str) -> tuple[ExpertLayout, ...]:
+    """Experts below ``prefix``: one by one, or all of a layer in one tensor as transformers 5 holds them."""
+    fused = ExpertLayout(gate_up=prefix + ".experts.gate_up_proj", down=prefix + ".experts.down_proj")
+    return ffn(prefix + ".experts.{expert}"), fused
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """Names shared by the Llama-like families; a family replaces what it calls otherwise."""
 
     router: str  # the gate's matrix, [E, D]
     experts: tuple[ExpertLayout, ...]  # tried in this order
+    router_bias: str = ""  # [E], where the gate is a linear layer with a bias
+    correction: str = ""  # [E] or [1, E], what the choice of experts sees on top of the scores
+    shared: ExpertLayout | None = None  # the FFN of the shared experts, all of them together
+    shared_gate: str = ""  # [1, D]
     dense: ExpertLayout | None = None  # the FFN of layers that do not route
     # A part of the names above that some writers replace by another, for example (".block_sparse_moe.", ".mlp.").
     other_spelling: tuple[str, str] | None = None
@@ -43,3 +63,4 @@ class Names:
     o_proj: str = "model.layers.{layer}.self_attn.o_proj"
     q_norm: str = "model.layers.{layer}.self_attn.q_norm.weight"
     k_norm: str = "model.layers.{layer}.self_attn.k_norm.weight"
+    sinks: str = "model.layers.{layer}.self_attn.sinks"

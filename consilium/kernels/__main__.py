@@ -11,7 +11,18 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from consilium.kernels import arithmetic, attention, attention_layer, experts, gate, linear, norm, routing, sampling
+from consilium.kernels import (
+    arithmetic,
+    attention,
+    attention_layer,
+    experts,
+    gate,
+    gate_rules,
+    linear,
+    norm,
+    routing,
+    sampling,
+)
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32, LANES
 from consilium.kernels.int8_tile import NAMES, candidates
 from consilium.kernels.sharing import board_bytes
@@ -42,7 +53,9 @@ def compile_all() -> None:
     arithmetic.exp_all(at, 1, at)
     arithmetic.silu_and_multiply_all(at, at, 1, at)
     norm.rms_norm(at, 1, _SIZE, at, one, at)
+    norm.norm_part(at, 1, _SIZE, _SIZE, at, one)
     gate.softmax_top_k(at, 1, _SIZE, at, _SIZE, 1, 1, at, at, at)
+    gate_rules.route(at, 0, _SIZE, at, 0, 0, at, at, at, at, at)
     sampling.largest(at, 1, _SIZE, at, alone(1))
     limits, top_k = np.ones((1, 3), np.float32), np.ones(1, np.int64)
     sampling.draw(np.array([at]), _SIZE, limits, top_k, np.zeros(1), at, alone(1))
@@ -58,7 +71,7 @@ def compile_all() -> None:
     for form in (FLOAT32, BFLOAT16):
         routing.all_finite(form, at, 1)
         routing.weighted_sum(form, numbers.ctypes.data, at, 1, 1, _SIZE, at)
-        attention.attend(form, at, 1, 1, _SIZE, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, alone(1))
+        attention.attend(form, at, 1, 1, *[_SIZE] * 3, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, alone(1))
         for kind in candidates()[:1]:  # what is proved first; others are for tests
             layer = np.ones(attention_layer.LAYER, np.int64)  # of one head, for a step without rows
             attention_layer.compute(kind, form, one, layer.ctypes.data, at, alone(attention_layer.PHASES))

@@ -5,7 +5,7 @@
     out = y and norm(y)
 
 Each phase is as the kernel of its name defines it (norm, linear, attention), so the bits are the same as theirs.
-Letters: T rows, D hidden size, H query heads, Hkv key-value heads, d head size.
+Letters: T rows, D hidden size, H query heads, Hkv key-value heads, d head size, dv that of values, r rotated elements.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from consilium.kernels.sharing import LINE, done, meet, take
 
 PHASES = 6
 NOTHING = np.int64(0)  # numba would compile anew for a 0 that it sees in the code
-LAYER, STEP = 16, 10  # numbers a layer and a step have; see ``compute``
+LAYER, STEP = 19, 10  # numbers a layer and a step have; see ``compute``
 
 
-def workspace_bytes(rows: int, hidden: int, heads: int, kv_heads: int, size: int) -> int:
+def workspace_bytes(rows: int, hidden: int, heads: int, kv_heads: int, size: int, value_size: int) -> int:
     """Memory that a step needs: int8 rows with scales and corrections, queries, keys, values, and heads' outputs."""
-    inner, width = heads * size, (heads + 2 * kv_heads) * size
+    inner, width = heads * value_size, (heads + kv_heads) * size + kv_heads * value_size
     return rows * (max(hidden, inner) + 4 + 4 + 4 * width + 4 * inner) + 2 * LINE
 
 
 @kernel
 def compute(kind: Any, form: Any, epsilon: Any, layer: int, step: int, sharer: Any) -> None:
-    """``layer`` int64 [16] has addresses: the input norm's weight; of queries, keys and values together the int8 weight
-    [(H + 2 Hkv) d, D], its scales and its bias or 0; of the norms of queries and keys, or 0; of the output projection
-    [D, H d] the same three; the second norm's weight. Then D, H, Hkv, d, the layer's number, its window or 0.
+    """``layer`` int64 [19] has addresses: the input norm's weight; of queries, keys and values together the int8 weight
+    [(H + Hkv) d + Hkv dv, D], its scales and its bias or 0; of the norms of queries and keys and of the sinks, or 0; of
+    the output projection [D, H dv] as of the first; the second norm's weight. Then D, H, Hkv, d, dv, r, the layer's
+    number, its window or 0.
 
     ``step`` int64 [10] has: x [T, D], T, cosines, sines, segments and how many (see attention.attend), the bytes of a
     row of scratch, the workspace with the scratch behind it, y [T, D] and norm(y) [T, D], all float32.
     """
     fixed, own = longs(layer, LAYER), longs(step, STEP)
-    hidden, heads, kv_heads, size = fixed[10], fixed[11], fixed[12], fixed[13]
+    hidden, heads, kv_heads, size, value_size = fixed[11], fixed[12], fixed[13], fixed[14], fixed[15]
     x, rows, workspace = own[0], own[1], own[7]
-    inner, width = heads * size, (heads + 2 * kv_heads) * size
+    inner, width = heads * value_size, (heads + kv_heads) * size + kv_heads * value_size
     values = workspace  # first, for the tiles read it by whole cache lines
     qkv = values + (rows * max(hidden, inner) + LINE - 1) // LINE * LINE
     attended = qkv + 4 * rows * width
@@ -55,13 +56,13 @@ def compute(kind: Any, form: Any, epsilon: Any, layer: int, step: int, sharer: A
 
     sharer = _norm_and_quantize(kind, x, fixed[0], epsilon, hidden, quantized, sharer)
     sharer = _multiply(kind, quantized, fixed[1], fixed[2], fixed[3], NOTHING, width, hidden, qkv, sharer)
-    shape = heads, kv_heads, size
+    shape = heads, kv_heads, size, value_size, fixed[16]
     turns = own[2], own[3]
-    where = own[4], own[5], fixed[14], fixed[15]
+    where = own[4], own[5], fixed[17], fixed[18]
     sharer = attend(form, qkv, *shape, layer + 32, epsilon, *turns, *where, scratch, own[6], attended, sharer)
     sharer = _quantize(kind, attended, inner, quantized, sharer)
-    sharer = _multiply(kind, quantized, fixed[6], fixed[7], fixed[8], x, hidden, inner, own[8], sharer)
-    _norm(own[8], rows, hidden, fixed[9], epsilon, own[9], sharer)
+    sharer = _multiply(kind, quantized, fixed[7], fixed[8], fixed[9], x, hidden, inner, own[8], sharer)
+    _norm(own[8], rows, hidden, fixed[10], epsilon, own[9], sharer)
 
 
 @kernel

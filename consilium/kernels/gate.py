@@ -39,8 +39,8 @@ def softmax_top_k(
     for row in range(rows):
         scores = floats(scratch + row * width, experts)
         chosen, values = longs(ids + 8 * row * top_k, top_k), floats(weights + 4 * row * top_k, top_k)
-        _softmax(scores)
-        _choose(scores, chosen, values)
+        softmax(scores)
+        choose(scores, chosen, values)
         if normalize:
             total = ZERO
             for k in range(top_k):
@@ -50,7 +50,7 @@ def softmax_top_k(
 
 
 @kernel
-def _softmax(scores):  # type: ignore[no-untyped-def]
+def softmax(scores):  # type: ignore[no-untyped-def]
     """In place: exp(score - largest), divided by their sum in ascending id."""
     largest = scores[0]
     for score in scores:
@@ -64,7 +64,7 @@ def _softmax(scores):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _choose(scores, ids, values):  # type: ignore[no-untyped-def]
+def choose(scores, ids, values):  # type: ignore[no-untyped-def]
     """The K largest scores, ascending by id. Where NaNs leave fewer than K: the first K ids, as NaN."""
     for k in range(ids.shape[0]):
         found = _best(scores, ids[:k])
@@ -83,8 +83,8 @@ def _choose(scores, ids, values):  # type: ignore[no-untyped-def]
 
 @kernel
 def _best(scores, taken):  # type: ignore[no-untyped-def]
-    """The lowest id of the largest score that is not taken; -1 when all that is left is NaN."""
-    best, found = np.float32(-1), -1
+    """The lowest id of the largest score that is not taken; -1 when all that is left is NaN or -inf."""
+    best, found = np.float32(-np.inf), -1
     for expert in range(scores.shape[0]):
         if scores[expert] > best:
             free = True

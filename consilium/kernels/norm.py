@@ -41,3 +41,12 @@ def rms_norm(x: int, rows: int, size: int, weight: int, epsilon: Any, out: int) 
     scale = floats(weight, size)
     for row in range(rows):
         normalize(floats(x + 4 * row * size, size), scale, epsilon, floats(out + 4 * row * size, size))
+
+
+@kernel
+def norm_part(x: int, rows: int, stride: int, size: int, weight: int, epsilon: Any) -> None:
+    """In place: the RMS norm of ``size`` floats at ``x`` and of those at every further row, ``stride`` floats apart."""
+    scale = floats(weight, size)
+    for row in range(rows):
+        part = floats(x + 4 * row * stride, size)
+        normalize(part, scale, epsilon, part)

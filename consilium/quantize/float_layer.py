@@ -79,7 +79,7 @@ class FloatLayer:
         """The experts of normed rows [N, D]; all rows to the one FFN where the layer does not route."""
         if self.router is None:
             return Routing(torch.zeros(len(x), 1, dtype=torch.int64), torch.ones(len(x), 1))
-        return softmax_top_k(nn.linear(x, self.router), self.config.top_k, normalize=self.config.normalize_top_k)
+        return softmax_top_k(nn.linear(x, self.router), self.config.top_k, normalize=self.config.gate.normalize)
 
     def expert(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down matrices of one FFN, read now."""

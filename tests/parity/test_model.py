@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from consilium.checkpoint import Checkpoint
 from gateway.arithmetic import Arithmetic
-from gateway.attention import Segment
+from gateway.batch import Segment
 from gateway.kv_cache import KVPool
 from gateway.mailbox import Mailbox
 from gateway.model import Model
 from tests.local_workers import local_dispatcher
-from tests.tiny_models import save_mixtral, save_qwen3_moe
+from tests.tiny_models import save_mixtral, save_olmoe, save_qwen2_moe, save_qwen3_moe
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
@@ -43,6 +43,13 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3-tied-window": (
         save_qwen3_moe,
         {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 9, "attention_bias": True},
+    ),
+    "olmoe": (save_olmoe, {"num_key_value_heads": 4}),
+    "olmoe-clipped": (save_olmoe, {"clip_qkv": 0.7, "norm_topk_prob": True}),
+    "qwen2": (save_qwen2_moe, {}),
+    "qwen2-window": (
+        save_qwen2_moe,
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2, "mlp_only_layers": [1]},
     ),
     "qwen3-yarn-scaled": (save_qwen3_moe, {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
 }

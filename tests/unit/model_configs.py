@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from consilium.model_config import ModelConfig, RopeConfig
+from consilium.model_config import ModelConfig
+from consilium.rope_config import RopeConfig
 
 
 def tiny_config(**overrides: Any) -> ModelConfig:

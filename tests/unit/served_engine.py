@@ -70,9 +70,7 @@ class Served:
         self.workers: list[LocalWorker]
         replies = arithmetic.dtype if arithmetic.experts is None else torch.bfloat16
         dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute, replies)
-        memory = (
-            blocks * BLOCK * 2 * config.num_layers * config.num_kv_heads * config.head_dim * arithmetic.dtype.itemsize
-        )
+        memory = blocks * BLOCK * config.cached_elements * arithmetic.dtype.itemsize
         scheduler = Scheduler(KVStore(KVPool(config, arithmetic.dtype, memory), prefix_cache=prefix_cache), 8, step)
         model = Model(checkpoint, arithmetic, dispatcher, dispatcher.clock)
         self.engine = Engine(

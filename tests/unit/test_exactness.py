@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import pytest
 import torch
@@ -29,13 +30,22 @@ from gateway.arithmetic import Arithmetic
 from gateway.kv_cache import blocks_for
 from gateway.messages import Generate, SamplingParams
 from tests.local_workers import Int8Rows
-from tests.tiny_models import save_mixtral, save_qwen3_moe
+from tests.tiny_models import save_mixtral, save_olmoe, save_qwen2_moe, save_qwen3_moe
 from tests.unit.served_engine import Served, Story, prompt
 
 CASES = int(os.environ.get("EXACT_CASES", "40"))
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)  # explaining a failure takes minutes
 NEVER = 10**9
 LONGEST = 360  # tokens of a prompt
+
+# Odd sizes: heads of 24, which are no whole vectors; a hidden size that is no multiple of 64; 5 experts; a window.
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mixtral": (save_mixtral, {"hidden_size": 72, "num_local_experts": 5, "sliding_window": 20}),
+    "qwen3_moe": (save_qwen3_moe, {"mlp_only_layers": [1]}),
+    # The following go other ways through attention, gate or experts: a few cases each.
+    "olmoe": (save_olmoe, {"clip_qkv": 1.5}),
+    "qwen2_moe": (save_qwen2_moe, {}),
+}
 
 Request = tuple[int, int, int, float]  # seed, tokens of the prompt, new tokens, temperature
 
@@ -58,12 +68,8 @@ class Circumstances:
 @cache
 def tiny(family: str) -> Checkpoint:
     folder = Path(mkdtemp(prefix="consilium-exact-"))
-    # Odd sizes: heads of 24, which are no whole vectors; a hidden size that is no multiple of 64; 5 experts; a window.
-    if family == "mixtral":
-        return Checkpoint(
-            save_mixtral(folder, hidden_size=72, num_local_experts=5, sliding_window=20, num_hidden_layers=2)
-        )
-    return Checkpoint(save_qwen3_moe(folder, num_hidden_layers=2, mlp_only_layers=[1]))
+    save, overrides = FAMILIES[family]
+    return Checkpoint(save(folder, num_hidden_layers=2, **overrides))
 
 
 @cache
@@ -158,12 +164,23 @@ def slices_for_little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", list(FAMILIES)[:2])
 @settings(max_examples=CASES // 4, deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
 @given(data=st.data(), asked=requests)
 def test_the_same_bits_whatever_else_happens(
     family: str, dtype: RowDType, data: st.DataObject, asked: list[Request]
 ) -> None:
+    check(family, dtype, data, asked)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES)[2:])
+@settings(max_examples=max(3, CASES // 40), deadline=None, suppress_health_check=list(HealthCheck), phases=PHASES)
+@given(data=st.data(), asked=requests)
+def test_the_same_bits_in_other_families(family: str, data: st.DataObject, asked: list[Request]) -> None:
+    check(family, "bfloat16", data, asked)
+
+
+def check(family: str, dtype: RowDType, data: st.DataObject, asked: list[Request]) -> None:
     around = data.draw(circumstances(asked, tiny(family).config.num_experts))
     torch.set_num_threads(1)
     expected = [alone(family, dtype, request) for request in asked]

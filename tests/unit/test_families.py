@@ -10,12 +10,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from consilium.config_json import MAX_SIZE
 from consilium.errors import CheckpointError
 from consilium.families import FAMILIES, parse_config
-from consilium.model_config import ModelConfig, RopeConfig
+from consilium.model_config import ModelConfig
+from consilium.rope_config import RopeConfig
 
 Json = dict[str, Any]
 
@@ -55,10 +65,28 @@ QWEN3_MOE: Json = {
     "max_window_layers": 2,
     "attention_bias": False,
 }
+OLMOE: Json = {
+    **{key: value for key, value in MIXTRAL.items() if key not in ("num_local_experts", "sliding_window")},
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "num_experts": 6,
+    "norm_topk_prob": False,
+    "clip_qkv": None,
+    "attention_bias": False,
+}
+QWEN2_MOE: Json = {
+    **{key: value for key, value in QWEN3_MOE.items() if key not in ("head_dim", "attention_bias")},
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "shared_expert_intermediate_size": 56,
+    "norm_topk_prob": False,
+}
 SIZES = [key for key, value in MIXTRAL.items() if type(value) is int and not key.endswith("token_id")]
 ORACLES: dict[str, tuple[Any, Any]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -78,6 +106,16 @@ VARIANTS = [
     {**QWEN3_MOE, "sliding_window": 5},
     {**QWEN3_MOE, "num_hidden_layers": 1, "intermediate_size": None},
     {key: value for key, value in QWEN3_MOE.items() if key not in ("rope_theta", "head_dim", "norm_topk_prob")},
+    OLMOE,
+    {**{key: value for key, value in OLMOE.items() if key not in ("rope_theta", "eos_token_id")}, "clip_qkv": 8.0},
+    QWEN2_MOE,
+    {**QWEN2_MOE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3, "qkv_bias": False},
+    {
+        **QWEN2_MOE,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+    },
 ]
 
 
@@ -89,7 +127,10 @@ def parts_of(model: Any) -> list[Json]:
             "head_dim": layer.self_attn.head_dim,
             "bias": layer.self_attn.q_proj.bias is not None,
             "qk_norm": hasattr(layer.self_attn, "q_norm"),
-            "window": getattr(layer.self_attn, "sliding_window", config.sliding_window),
+            "window": window_of(layer, config),
+            "clip": getattr(config, "clip_qkv", None),
+            "norm": layer.self_attn.q_norm.weight.shape[0] if hasattr(layer.self_attn, "q_norm") else 0,
+            "shared": shared_of(layer),
             "experts": tuple(layer.mlp.experts.down_proj.shape) if hasattr(layer.mlp, "experts") else None,
             "dense": None if hasattr(layer.mlp, "experts") else layer.mlp.up_proj.weight.shape[0],
             "top_k": layer.mlp.gate.top_k if hasattr(layer.mlp, "experts") else None,
@@ -100,6 +141,18 @@ def parts_of(model: Any) -> list[Json]:
     ]
 
 
+def window_of(layer: Any, config: Any) -> int | None:
+    """What a layer's attention may see; where layers differ, only those that slide have the attribute."""
+    everywhere = None if config.model_type in ("qwen2_moe", "olmoe") else config.sliding_window
+    window: int | None = getattr(layer.self_attn, "sliding_window", everywhere)
+    return window
+
+
+def shared_of(layer: Any) -> int:
+    """The FFN size of the shared experts."""
+    return layer.mlp.shared_expert.up_proj.weight.shape[0] if hasattr(layer.mlp, "shared_expert") else 0
+
+
 def parts_read(config: ModelConfig) -> list[Json]:
     experts = (config.num_experts, config.hidden_size, config.expert_size)
     return [
@@ -108,13 +161,16 @@ def parts_read(config: ModelConfig) -> list[Json]:
             "bias": config.attention_bias,
             "qk_norm": config.qk_norm,
             "window": window,
+            "clip": config.clip_qkv,
+            "norm": (config.heads_size if config.qk_norm_whole else config.head_dim) if config.qk_norm else 0,
+            "shared": config.shared_size if routes else 0,
             "experts": experts if routes else None,
             "dense": None if routes else config.dense_size,
             "top_k": config.top_k if routes else None,
-            "normalize": config.normalize_top_k,
+            "normalize": config.gate.normalize,
             "eps": config.rms_norm_eps,
         }
-        for routes, window in zip(config.moe_layers, config.sliding_windows, strict=True)
+        for routes, window in zip(config.moe_layers, config.sliding_windows or (None,) * config.num_layers, strict=True)
     ]
 
 
@@ -156,7 +212,6 @@ def test_what_is_read() -> None:
         expert_size=24,
         moe_layers=(False, True, False, True),
         dense_size=40,
-        normalize_top_k=True,
         qk_norm=True,
         sliding_windows=(None,) * 4,
         eos_token_ids=(2, 5),
@@ -179,7 +234,7 @@ def test_key_value_heads_that_are_null_are_all_heads() -> None:
     ],
 )
 def test_other_architectures_are_refused_by_name(raw: Json, named: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"architecture .*{named}.* supported: mixtral, qwen3_moe$"):
+    with pytest.raises(CheckpointError, match=rf"architecture .*{named}.* supported: {', '.join(sorted(FAMILIES))}$"):
         parse_config(raw)
 
 
@@ -251,10 +306,14 @@ JUNK = st.recursive(
 
 @given(st.data(), st.sampled_from(sorted(FAMILIES)))
 def test_junk_never_crashes(data: st.DataObject, family: str) -> None:
-    raw = (MIXTRAL if family == "mixtral" else QWEN3_MOE) | {"rope_scaling": None, "rope_parameters": None}
+    raw = next(each for each in VARIANTS if each["model_type"] == family) | {
+        "rope_scaling": None,
+        "rope_parameters": None,
+    }
     keys = data.draw(st.lists(st.sampled_from([key for key in raw if key != "model_type"]), max_size=2))
     try:
         config = parse_config({**raw, **{key: data.draw(JUNK) for key in keys}})
     except CheckpointError:
         return
-    assert len(config.moe_layers) == len(config.sliding_windows) == config.num_layers
+    assert len(config.moe_layers) == config.num_layers
+    assert len(config.sliding_windows) in (0, config.num_layers)

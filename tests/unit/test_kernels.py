@@ -20,7 +20,7 @@ from consilium.gate import softmax_top_k
 from consilium.kernels import arithmetic, attention, compiler, gate, norm, product
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32, LANES
 from consilium.rope import apply_rope
-from gateway.attention import Segment
+from gateway.batch import Segment
 from gateway.kv_cache import BLOCK, KVCache, blocks_for
 
 EPSILON = np.float32(1e-5)
@@ -63,12 +63,23 @@ class Case:
     window: int
     dtype: torch.dtype
     norms: bool
+    shorter: int = 0  # elements that values have less than keys
+    rotated: int | None = None
+    sinks: bool = False
+
+    @property
+    def value_size(self) -> int:
+        return self.size - self.shorter
+
+    def sink_scores(self) -> Tensor:
+        """[H]; -inf where there are none."""
+        return torch.linspace(-1, 3, self.heads) if self.sinks else torch.full((self.heads,), -torch.inf)
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """qkv, cosines, sines and the weights of the norms."""
         generator = torch.Generator().manual_seed(self.positions)
-        width = (self.heads + 2 * self.kv_heads) * self.size
-        angles = torch.randn(self.positions, self.size // 2, generator=generator)
+        width = (self.heads + self.kv_heads) * self.size + self.kv_heads * self.value_size
+        angles = torch.randn(self.positions, (self.rotated or self.size) // 2, generator=generator)
         norms = [torch.rand(self.size, generator=generator) + 0.5 for _ in range(2)] if self.norms else []
         return torch.randn(self.positions, width, generator=generator), angles.cos(), angles.sin(), norms
 
@@ -80,6 +91,9 @@ CASES = [
     Case(6, 2, 24, 33, 0, torch.float32, norms=False),
     Case(9, 3, 64, 50, 33, torch.bfloat16, norms=False),
     Case(6, 2, 10, 33, 0, torch.bfloat16, norms=True),
+    Case(6, 1, 40, 37, 0, torch.float32, norms=False, shorter=8, rotated=8),  # as multi-head latent attention has it
+    Case(8, 2, 24, 50, 7, torch.float32, norms=False, sinks=True),
+    Case(8, 1, 16, 35, 0, torch.bfloat16, norms=True, rotated=4, sinks=True),
 ]
 
 
@@ -89,18 +103,21 @@ def attend(case: Case, chunks: list[int]) -> Tensor:
     room = blocks_for(case.positions)
     shape = (2, case.kv_heads, room)
     keys = torch.full((*shape, case.size, BLOCK), torch.nan, dtype=case.dtype)  # what is not written must not matter
-    values = torch.full((2, case.kv_heads, room * BLOCK, case.size), torch.nan, dtype=case.dtype)
+    values = torch.full((2, case.kv_heads, room * BLOCK, case.value_size), torch.nan, dtype=case.dtype)
     cache = KVCache(keys, values, room)
     form = BFLOAT16 if case.dtype is torch.bfloat16 else FLOAT32
-    weights = np.array([each.data_ptr() for each in norms] or [0, 0], np.int64)
-    out = torch.empty(case.positions, case.heads, case.size)
+    sinks = case.sink_scores()
+    addresses = [each.data_ptr() for each in norms] or [0, 0]
+    weights = np.array([*addresses, sinks.data_ptr() if case.sinks else 0], np.int64)
+    out = torch.empty(case.positions, case.heads, case.value_size)
     scratch = torch.empty(2 * max(attention.BLOCK, case.heads // case.kv_heads), room * BLOCK)
     first = 0
     for length in chunks:
         table = np.array(Segment(cache, first, length, first).numbers(), np.int64)
-        sizes = case.heads, case.kv_heads, case.size, weights.ctypes.data, EPSILON, cos.data_ptr(), sin.data_ptr()
+        sizes = case.heads, case.kv_heads, case.size, case.value_size, 2 * cos.shape[1], weights.ctypes.data, EPSILON
+        turns = cos.data_ptr(), sin.data_ptr()
         memory = scratch.data_ptr(), 4 * room * BLOCK, out.data_ptr()
-        everything = form, qkv.data_ptr(), *sizes, table.ctypes.data, 1, 1, case.window, *memory
+        everything = form, qkv.data_ptr(), *sizes, *turns, table.ctypes.data, 1, 1, case.window, *memory
         parallel.share(partial(attention.attend, *everything), 1, 2)
         first += length
     assert first == case.positions
@@ -110,19 +127,23 @@ def attend(case: Case, chunks: list[int]) -> Tensor:
 def reference(case: Case) -> Tensor:
     """The same in float64, with the cache's rounding."""
     qkv, cos, sin, norms = case.inputs()
-    inner, kv = case.heads * case.size, case.kv_heads * case.size
-    q, k, v = (part.view(case.positions, -1, case.size) for part in qkv.double().split([inner, kv, kv], dim=1))
+    heads = case.heads, case.kv_heads, case.kv_heads
+    sizes = [count * size for count, size in zip(heads, (case.size, case.size, case.value_size), strict=True)]
+    parts = zip(qkv.double().split(sizes, dim=1), heads, strict=True)
+    q, k, v = (part.reshape(case.positions, count, -1) for part, count in parts)
     if norms:
         q, k = (functional.rms_norm(x, (case.size,), w.double(), 1e-5) for x, w in zip((q, k), norms, strict=True))
-    q, k = (apply_rope(x, cos.double(), sin.double()) for x in (q, k))
+    turned = 2 * cos.shape[1]
+    q, k = (torch.cat((apply_rope(x[..., :turned], cos.double(), sin.double()), x[..., turned:]), -1) for x in (q, k))
     k, v = k.float().to(case.dtype).double(), v.float().to(case.dtype).double()
     k, v = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (k, v))
     at = torch.arange(case.positions)
     seen = at[None] <= at[:, None]
     if case.window:
         seen &= at[None] > at[:, None] - case.window
-    scores = torch.einsum("thd,shd->hts", q, k) / case.size**0.5
-    return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    scores = (torch.einsum("thd,shd->hts", q, k) / case.size**0.5).masked_fill(~seen, -torch.inf)
+    sinks = case.sink_scores().double()[:, None, None].expand(-1, case.positions, 1)
+    return torch.einsum("hts,shd->thd", torch.cat((scores, sinks), -1).softmax(-1)[..., :-1], v)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
