@@ -143,6 +143,12 @@ def check(config: ModelConfig) -> ModelConfig:
             f"config.json: head_dim must be even for rotary embedding, found {config.head_dim}, of which "
             f"{config.rotated_size} elements are rotated"
         )
+    if config.latent is not None and (config.latent.rank % 16 or config.latent.value_size % 16):
+        raise CheckpointError(
+            f"config.json: kv_lora_rank {config.latent.rank} and v_head_dim {config.latent.value_size} must be "
+            "multiples of 16"
+        )
+    _check_groups(config)
     if config.top_k > config.num_experts:
         raise CheckpointError(
             f"config.json: num_experts_per_tok is {config.top_k}, of only {config.num_experts} experts"
@@ -150,3 +156,17 @@ def check(config: ModelConfig) -> ModelConfig:
     if not any(config.moe_layers):
         raise CheckpointError("config.json: no layer routes to experts; a dense model is not served")
     return config
+
+
+def _check_groups(config: ModelConfig) -> None:
+    rule = config.gate
+    size = config.num_experts // rule.groups
+    if config.num_experts % rule.groups or rule.top_groups > rule.groups:
+        raise CheckpointError(
+            f"config.json: {rule.groups} n_group, of which {rule.top_groups} topk_group take part, do not divide "
+            f"{config.num_experts} experts evenly"
+        )
+    if rule.groups > 1 and (config.top_k > rule.top_groups * size or rule.group_members > size):
+        raise CheckpointError(
+            f"config.json: {rule.top_groups} groups of {size} experts are too few for {config.top_k} experts a token"
+        )

@@ -39,17 +39,27 @@ def find_arithmetic(config: Config, model: ModelConfig) -> Arithmetic:
     dense = dense_quantization(config)
     product = None
     if "int8" in (dense, config.quantization):
-        inner, hidden = model.num_heads * model.head_dim, model.hidden_size
-        qkv = inner + 2 * model.num_kv_heads * model.head_dim
-        shapes = [(qkv, hidden), (hidden, inner), (model.vocab_size, hidden)]
-        if model.dense_size:
-            shapes += [(model.dense_size, hidden), (hidden, model.dense_size)]
-        product = find_integer_product(shapes)
+        product = find_integer_product(dense_shapes(model))
     return Arithmetic(
         ROW_DTYPES[config.dtype],
         product if dense == "int8" else None,
         product if config.quantization == "int8" else None,
     )
+
+
+def dense_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    """Of every matrix [N, K] that the gateway multiplies with."""
+    hidden, of = model.hidden_size, model.latent
+    shapes = [(hidden, model.heads_size), (model.vocab_size, hidden)]
+    if of is None:
+        shapes.append((model.heads_size + 2 * model.num_kv_heads * model.head_dim, hidden))
+    else:
+        queries, latent = model.num_heads * (of.plain_size + of.rotated_size), of.rank + of.rotated_size
+        shapes.append(((of.query_rank or queries) + latent, hidden))
+        shapes += [(queries, of.query_rank)] if of.query_rank else []
+    for size in (model.dense_size, model.shared_size):
+        shapes += [(size, hidden), (hidden, size)] if size else []
+    return shapes
 
 
 def dense_quantization(config: Config) -> DenseQuantization:

@@ -17,6 +17,7 @@ from gateway.attention import Attention
 from gateway.batch import Batch, Segment
 from gateway.feed_forward import DenseLayer
 from gateway.fused_attention import FusedAttention
+from gateway.latent_attention import LatentAttention
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
 from gateway.norm import RMSNorm
@@ -40,12 +41,10 @@ class Block:
         maker = LinearMaker(dtype, arithmetic.dense)
         self._input_norm = RMSNorm(checkpoint, names.input_norm.format(layer=layer), dtype)
         self._post_norm = RMSNorm(checkpoint, names.post_norm.format(layer=layer), dtype)
-        self._attention = Attention(checkpoint, layer, maker)
-        self._fused = (
-            FusedAttention(self._input_norm, self._attention, self._post_norm, arithmetic.dense)
-            if arithmetic.dense and self._attention.plain
-            else None
-        )
+        self._attention = make_attention(checkpoint, layer, maker)
+        self._fused: FusedAttention | None = None
+        if arithmetic.dense and isinstance(self._attention, Attention) and self._attention.plain:
+            self._fused = FusedAttention(self._input_norm, self._attention, self._post_norm, arithmetic.dense)
         self._clock = clock
         self._feed_forward: LayerEnd = (
             MoELayer(checkpoint, layer, experts, arithmetic, clock)
@@ -65,6 +64,14 @@ class Block:
             return self._fused.forward(x, batch)
         x = x + self._attention.forward(self._input_norm.forward(x), batch)
         return x, self._post_norm.forward(x)
+
+
+def make_attention(checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> Attention | LatentAttention:
+    """The kind that the model's family has."""
+    latent = checkpoint.config.latent
+    if latent is None:
+        return Attention(checkpoint, layer, maker)
+    return LatentAttention(checkpoint, layer, maker, latent)
 
 
 class Model:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -69,6 +75,63 @@ def save_qwen2_moe(folder: Path, **overrides: Any) -> Path:
     return _save(folder, Qwen2MoeForCausalLM, Qwen2MoeConfig(**{**_COMMON, **sizes, **overrides}))
 
 
+def save_deepseek(folder: Path, **overrides: Any) -> Path:
+    """A random DeepSeekMoE (V1), with its twin for transformers, which lacks the family, in ``folder``/twin.
+
+    The twin is a Qwen2-MoE whose shared expert's gate is always one half, and whose output is twice as large.
+    """
+    sizes = {
+        "shared_expert_intermediate_size": 96,
+        "qkv_bias": False,
+        "mlp_only_layers": [0],
+        "num_key_value_heads": 4,
+        **overrides,
+    }
+    twin = save_qwen2_moe(folder / "twin", **sizes)
+    tensors, own = load_file(twin / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+        if "shared_expert_gate" in name:
+            tensor.zero_()
+            continue
+        own[name.replace("shared_expert", "shared_experts")] = tensor.clone()
+        if name.endswith("shared_expert.down_proj.weight"):
+            tensor *= 2
+    save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+    save_file(own, folder / "model.safetensors", {"format": "pt"})
+    save_tokenizer(folder, 384)
+    config = json.loads((twin / "config.json").read_text())
+    config |= {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "first_k_dense_replace": 1}
+    config |= {"n_routed_experts": config.pop("num_experts"), "n_shared_experts": 2, "scoring_func": "softmax"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_deepseek_v2(folder: Path, **overrides: Any) -> Path:
+    """A random DeepSeek-V2 in ``folder``, with a tokenizer; ``overrides`` are DeepseekV2Config's."""
+    sizes = {**_LATENT, "intermediate_size": 80, "num_key_value_heads": 4, "routed_scaling_factor": 1.5}
+    return _save(folder, DeepseekV2ForCausalLM, DeepseekV2Config(**{**_COMMON, **sizes, **overrides}))
+
+
+def save_deepseek_v3(folder: Path, **overrides: Any) -> Path:
+    """A random DeepSeek-V3 in ``folder``, with a tokenizer; ``overrides`` are DeepseekV3Config's."""
+    sizes = {**_LATENT, "intermediate_size": 80, "num_key_value_heads": 4, "n_group": 4, "topk_group": 2}
+    return _save(folder, DeepseekV3ForCausalLM, DeepseekV3Config(**{**_COMMON, **sizes, **overrides}))
+
+
+_LATENT: dict[str, Any] = {
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+
 def _save(folder: Path, architecture: Any, config: Any) -> Path:
     torch.manual_seed(config.hidden_size + config.num_hidden_layers)
     model = architecture(config).float().eval()
@@ -78,6 +141,9 @@ def _save(folder: Path, architecture: Any, config: Any) -> Path:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
                 parameter.uniform_(-0.5, 0.5)
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.uniform_(-0.3, 0.3)
     model.save_pretrained(folder)
     save_tokenizer(folder, config.vocab_size)
     return folder

@@ -63,4 +63,11 @@ class Names:
     o_proj: str = "model.layers.{layer}.self_attn.o_proj"
     q_norm: str = "model.layers.{layer}.self_attn.q_norm.weight"
     k_norm: str = "model.layers.{layer}.self_attn.k_norm.weight"
+    # Multi-head latent attention's.
+    q_a_proj: str = "model.layers.{layer}.self_attn.q_a_proj"
+    q_a_norm: str = "model.layers.{layer}.self_attn.q_a_layernorm.weight"
+    q_b_proj: str = "model.layers.{layer}.self_attn.q_b_proj"
+    kv_a_proj: str = "model.layers.{layer}.self_attn.kv_a_proj_with_mqa"
+    kv_a_norm: str = "model.layers.{layer}.self_attn.kv_a_layernorm.weight"
+    kv_b_proj: str = "model.layers.{layer}.self_attn.kv_b_proj"
     sinks: str = "model.layers.{layer}.self_attn.sinks"

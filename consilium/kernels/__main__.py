@@ -18,6 +18,7 @@ from consilium.kernels import (
     experts,
     gate,
     gate_rules,
+    latent,
     linear,
     norm,
     routing,
@@ -72,6 +73,7 @@ def compile_all() -> None:
         routing.all_finite(form, at, 1)
         routing.weighted_sum(form, numbers.ctypes.data, at, 1, 1, _SIZE, at)
         attention.attend(form, at, 1, 1, *[_SIZE] * 3, at, one, at, at, at, 0, 0, 0, at, 4 * _SIZE, at, alone(1))
+        latent.multiply_heads(form, at, _SIZE, _SIZE, 1, at, 1, _SIZE, _SIZE, at, _SIZE, _SIZE, alone(1))
         for kind in candidates()[:1]:  # what is proved first; others are for tests
             layer = np.ones(attention_layer.LAYER, np.int64)  # of one head, for a step without rows
             attention_layer.compute(kind, form, one, layer.ctypes.data, at, alone(attention_layer.PHASES))

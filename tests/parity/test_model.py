@@ -16,7 +16,15 @@ from gateway.kv_cache import KVPool
 from gateway.mailbox import Mailbox
 from gateway.model import Model
 from tests.local_workers import local_dispatcher
-from tests.tiny_models import save_mixtral, save_olmoe, save_qwen2_moe, save_qwen3_moe
+from tests.tiny_models import (
+    save_deepseek,
+    save_deepseek_v2,
+    save_deepseek_v3,
+    save_mixtral,
+    save_olmoe,
+    save_qwen2_moe,
+    save_qwen3_moe,
+)
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
@@ -27,6 +35,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+SCALED = {"mscale": 0.7, "mscale_all_dim": 1.2}
 
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixtral": (save_mixtral, {}),
@@ -51,6 +61,20 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         save_qwen2_moe,
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2, "mlp_only_layers": [1]},
     ),
+    "deepseek": (save_deepseek, {}),
+    "deepseek-v2": (save_deepseek_v2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
+    "deepseek-v2-lite": (save_deepseek_v2, {"q_lora_rank": None, "rope_parameters": {**YARN, **SCALED}}),
+    "deepseek-v3": (save_deepseek_v3, {}),
+    "deepseek-v3-yarn": (
+        save_deepseek_v3,
+        {
+            "rope_parameters": {**YARN, **SCALED},
+            "attention_bias": True,
+            "rope_interleave": False,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "qwen3-yarn-scaled": (save_qwen3_moe, {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
 }
 
@@ -73,7 +97,8 @@ def test_log_probabilities_equal_transformers(folder: Path) -> None:
     pool = KVPool(config, torch.float32, 2**24)
 
     tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(7))
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    twin = folder / "twin"  # of a family that transformers lacks
+    reference = AutoModelForCausalLM.from_pretrained(twin if twin.is_dir() else folder, dtype=torch.float32).eval()
     expected = torch.log_softmax(reference(tokens).logits.float(), dim=-1)  # [2, 40, V]
 
     caches = [pool.allocate(40, 40) for _ in tokens]

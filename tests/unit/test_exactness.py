@@ -30,7 +30,14 @@ from gateway.arithmetic import Arithmetic
 from gateway.kv_cache import blocks_for
 from gateway.messages import Generate, SamplingParams
 from tests.local_workers import Int8Rows
-from tests.tiny_models import save_mixtral, save_olmoe, save_qwen2_moe, save_qwen3_moe
+from tests.tiny_models import (
+    save_deepseek_v2,
+    save_deepseek_v3,
+    save_mixtral,
+    save_olmoe,
+    save_qwen2_moe,
+    save_qwen3_moe,
+)
 from tests.unit.served_engine import Served, Story, prompt
 
 CASES = int(os.environ.get("EXACT_CASES", "40"))
@@ -45,6 +52,8 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     # The following go other ways through attention, gate or experts: a few cases each.
     "olmoe": (save_olmoe, {"clip_qkv": 1.5}),
     "qwen2_moe": (save_qwen2_moe, {}),
+    "deepseek_v2": (save_deepseek_v2, {"q_lora_rank": None}),
+    "deepseek_v3": (save_deepseek_v3, {}),
 }
 
 Request = tuple[int, int, int, float]  # seed, tokens of the prompt, new tokens, temperature
@@ -110,7 +119,7 @@ def serve(
 @cache
 def alone(family: str, dtype: RowDType, request: Request) -> Story:
     """The story of a request that has a plain engine to itself."""
-    served = serve(family, dtype, 100, 512, [range(6)], prefix_cache=False)
+    served = serve(family, dtype, 100, 512, [range(tiny(family).config.num_experts)], prefix_cache=False)
     return served.run(generate(0, request))[0]
 
 
