@@ -20,6 +20,7 @@ from consilium.compressed_tensors import hash_key, scale_name
 from consilium.content_hash import HASH_BYTES
 from consilium.errors import CheckpointError
 from consilium.families import ExpertLayout
+from consilium.model_config import ClampedSwiGLU
 from consilium.model_folder import ModelFolder, read_model_folder
 from consilium.quantization import MAX_SUMMED, Quantized
 from consilium.shapes.folder import ShapeFolder
@@ -30,16 +31,30 @@ from consilium.tensor_source import TensorSlice, TensorSource
 FLOAT_KINDS = ("F32", "BF16", "F16", "F64")
 
 
+class ExpertBiases(NamedTuple):
+    """What is added to the three products of an expert, in the checkpoint's own dtype."""
+
+    gate: Tensor  # [F]
+    up: Tensor  # [F]
+    down: Tensor  # [D]
+
+
 class ExpertTensors(NamedTuple):
-    """The three matrices of one FFN, in the checkpoint's own dtype or in int8."""
+    """The three matrices of one FFN, in the checkpoint's own dtype or in int8, and what else it computes with."""
 
     gate: Tensor | Quantized  # [F, D]
     up: Tensor | Quantized  # [F, D]
     down: Tensor | Quantized  # [D, F]
+    biases: ExpertBiases | None = None
+    activation: ClampedSwiGLU | None = None  # None is SiLU
+
+    @property
+    def matrices(self) -> tuple[Tensor | Quantized, Tensor | Quantized, Tensor | Quantized]:
+        return self.gate, self.up, self.down
 
     def floats(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same three where they are floats. Raises CheckpointError where they are int8 on disk."""
-        gate, up, down = self
+        gate, up, down = self.matrices
         if isinstance(gate, Quantized) or isinstance(up, Quantized) or isinstance(down, Quantized):
             raise CheckpointError(
                 "these weights are int8 on disk, and `none` computes in floats; use quantization int8 or "
@@ -103,14 +118,24 @@ class Checkpoint:
     def expert(self, layer: int, expert: int) -> ExpertTensors:
         """One expert of a layer that routes; of fused tensors only this expert's part is read."""
         layout = self._layout(layer, expert)
-        config = self.config
+        size, hidden = self.config.expert_size, self.config.hidden_size
         if not layout.fused:
-            return self._separate(layout, layer, expert, config.expert_size)
-        experts, size, hidden = config.num_experts, config.expert_size, config.hidden_size
-        fused, out = layout.gate_up.format(layer=layer), layout.down.format(layer=layer)
-        gate_up = self._finite(fused, self._checked(fused, (experts, 2 * size, hidden))[expert], expert)  # [2F, D]
-        down = self._finite(out, self._checked(out, (experts, hidden, size))[expert], expert)  # [D, F]
-        return ExpertTensors(gate_up[:size], gate_up[size:], down)
+            return self._separate(layout, layer, expert, size)
+
+        def read(template: str, *shape: int) -> Tensor:
+            name = template.format(layer=layer)
+            return self._finite(name, self._checked(name, (self.config.num_experts, *shape))[expert], expert)
+
+        if not layout.transposed:
+            gate_up, down = read(layout.gate_up, 2 * size, hidden), read(layout.down, hidden, size)
+            return ExpertTensors(gate_up[:size], gate_up[size:], down)
+        gate_up, down = read(layout.gate_up, hidden, 2 * size), read(layout.down, size, hidden)
+        biases = None
+        if self.config.expert_bias:
+            both = read(layout.gate_up_bias, 2 * size)
+            biases = ExpertBiases(both[::2], both[1::2], read(layout.down_bias, hidden))
+        gate, up, down = (matrix.T.contiguous() for matrix in (gate_up[:, ::2], gate_up[:, 1::2], down))
+        return ExpertTensors(gate, up, down, biases, self.config.activation)
 
     def stored_hash(self, layer: int, expert: int) -> bytes | None:
         """The content hash of an int8 expert, where `consilium quantize` has noted it beside its tensors."""

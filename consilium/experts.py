@@ -6,7 +6,7 @@ Letters: P (token, expert) pairs, D hidden size, F expert FFN size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from consilium.activation import activate
 from consilium.checkpoint import ExpertTensors
 from consilium.content_hash import content_hash
+from consilium.model_config import ClampedSwiGLU
 from consilium.quantization import Quantized
 
 # Raised whenever the arithmetic of a mode changes by a single bit.
@@ -30,7 +32,9 @@ class ExpertWeights:
     gate: Tensor | Quantized  # [F, D]
     up: Tensor | Quantized  # [F, D]
     down: Tensor | Quantized  # [D, F]
-    # Of every tensor in the order of content_hash, as kernels read it: where that table lies, and what keeps it there.
+    biases: tuple[Tensor, Tensor, Tensor] | None = None  # of gate, up [F] and down [D], float32
+    activation: ClampedSwiGLU | None = None  # None is SiLU
+    # Of every matrix in the order of content_hash, as kernels read it: where that table lies, and what keeps it there.
     table: int = field(init=False, compare=False)
     _addresses: NDArray[np.int64] = field(init=False, compare=False, repr=False)
 
@@ -41,15 +45,31 @@ class ExpertWeights:
 
     def content_hash(self) -> bytes:
         """Equal for equal weights (consilium.content_hash)."""
-        return content_hash((self.gate, self.up, self.down))
+        return content_hash((self.gate, self.up, self.down, *(self.biases or ())))
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is nothing but SiLU between three products."""
+        return self.biases is None and self.activation is None
+
+    def between(self, gate: Tensor, up: Tensor) -> Tensor:
+        """What the down projection gets, [P, F] float32, from the products with gate and up."""
+        if self.biases is not None:
+            gate, up = gate + self.biases[0], up + self.biases[1]
+        return activate(gate, up, self.activation)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """The output rows [P, D] from the product with down."""
+        return out if self.biases is None else out + self.biases[2]
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor, in the order of the content hash."""
         for matrix in (self.gate, self.up, self.down):
             yield from matrix if isinstance(matrix, Quantized) else (matrix,)
+        yield from self.biases or ()
 
 
 class Arithmetic(Protocol):
@@ -84,6 +104,18 @@ class Arithmetic(Protocol):
         With ``indices`` int32 [P] rows are [U, D], and expert i computes those at indices[offsets[i]:offsets[i + 1]].
         Outputs are written into ``out`` [P, D] of the reply's dtype where it is given.
         """
+
+
+def prepare_weights(
+    tensors: ExpertTensors, prepare: Callable[[Tensor | Quantized], Tensor | Quantized]
+) -> ExpertWeights:
+    """An expert whose matrices are ``prepare``d."""
+    biases = None
+    if tensors.biases is not None:
+        gate, up, down = (bias.to(torch.float32, copy=True) for bias in tensors.biases)
+        biases = gate, up, down
+    gate_up_down = prepare(tensors.gate), prepare(tensors.up), prepare(tensors.down)
+    return ExpertWeights(*gate_up_down, biases=biases, activation=tensors.activation)
 
 
 def compute_expert(

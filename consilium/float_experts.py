@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from consilium.checkpoint import ExpertTensors
-from consilium.experts import ARITHMETIC_VERSION, ExpertWeights
+from consilium.experts import ARITHMETIC_VERSION, ExpertWeights, prepare_weights
 from consilium.quantization import Quantized
-from consilium.silu import silu_and_multiply
 
 # Float products take other paths for few rows, so they always get this many: a row's bits then stay the same.
 TILE = 32
@@ -30,8 +29,8 @@ class FloatArithmetic:
         self.numerics_class = float_class(str(dtype).removeprefix("torch."))
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
-        gate, up, down = (tensor.to(self.row_dtype, copy=True) for tensor in tensors.floats())
-        return ExpertWeights(gate, up, down)
+        tensors.floats()
+        return prepare_weights(tensors, lambda matrix: _float(matrix).to(self.row_dtype, copy=True))
 
     def compute(
         self,
@@ -49,7 +48,8 @@ class FloatArithmetic:
     def _compute(self, weights: ExpertWeights, x: Tensor) -> Tensor:
         gate = tiled_linear(x, _float(weights.gate)).float()  # [P, F]
         up = tiled_linear(x, _float(weights.up)).float()  # [P, F]
-        return tiled_linear(silu_and_multiply(gate, up).to(self.row_dtype), _float(weights.down))  # [P, D]
+        hidden = weights.between(gate, up).to(self.row_dtype)  # [P, F]
+        return weights.finish(tiled_linear(hidden, _float(weights.down))).to(self.row_dtype)  # [P, D]
 
 
 def one_by_one(

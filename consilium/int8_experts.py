@@ -17,22 +17,21 @@ from torch import Tensor
 
 from consilium import parallel
 from consilium.checkpoint import ExpertTensors
-from consilium.experts import ARITHMETIC_VERSION, ExpertWeights
+from consilium.experts import ARITHMETIC_VERSION, ExpertWeights, prepare_weights
 from consilium.integer_product import IntegerProduct
 from consilium.kernels import experts as kernel
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32
 from consilium.kernels.int8_tile import Kind
 from consilium.quantization import Quantized, quantize_weight
-from consilium.silu import silu_and_multiply
 
 
 def prepare_int8(tensors: ExpertTensors) -> ExpertWeights:
     """An expert in int8: quantized here, unless it is int8 on disk, where its bytes stay mapped."""
-    return ExpertWeights(*map(_quantized, tensors))
+    return prepare_weights(tensors, _quantized)
 
 
 class Int8Arithmetic:
-    """One kernel call for all experts with few rows; for many rows, product by product."""
+    """One kernel call for all experts with few rows; for many rows, biases or other activations, product by product."""
 
     row_dtype = torch.int8
 
@@ -60,20 +59,20 @@ class Int8Arithmetic:
         found = out if out is not None else torch.empty(offsets[-1], rows.shape[1], dtype=self.reply_dtype)  # [P, D]
         few: list[tuple[ExpertWeights, int, int]] = []
         for weights, (start, end) in zip(experts, pairwise(offsets), strict=True):
-            if start < end and self._product.takes_many(end - start):
-                found[start:end] = self._compute_many(weights, _chosen(x, indices, start, end))
+            if start < end and (self._product.takes_many(end - start) or not weights.plain):
+                found[start:end] = self._compute_one(weights, _chosen(x, indices, start, end))
             elif start < end:
                 few.append((weights, start, end))
         if few:
             self._compute_few(few, x, indices, found)
         return found
 
-    def _compute_many(self, weights: ExpertWeights, x: Quantized) -> Tensor:
+    def _compute_one(self, weights: ExpertWeights, x: Quantized) -> Tensor:
         """Output rows [P, D] of one expert."""
         gate, up, down = _matrices(weights)
         multiply = self._product.multiply
-        hidden = silu_and_multiply(multiply(x, gate), multiply(x, up))  # [P, F]
-        return multiply(self._product.quantize(hidden), down)
+        hidden = weights.between(multiply(x, gate), multiply(x, up))  # [P, F]
+        return weights.finish(multiply(self._product.quantize(hidden), down))
 
     def _compute_few(
         self, parts: list[tuple[ExpertWeights, int, int]], x: Quantized, indices: Tensor | None, out: Tensor

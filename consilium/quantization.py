@@ -59,4 +59,4 @@ def quantize_weight(w: Tensor) -> Quantized:
     """Quantize a weight matrix w [N, K] per output channel. Raises CheckpointError for a row too long for int32."""
     if w.shape[1] > MAX_SUMMED:
         raise CheckpointError(f"rows of {w.shape[1]} weights are too long for int8 (at most {MAX_SUMMED})")
-    return quantize_rows(w)
+    return quantize_rows(w.contiguous())  # kernels read it by its address

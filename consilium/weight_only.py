@@ -20,7 +20,6 @@ from consilium.experts import ExpertWeights
 from consilium.float_experts import float_class, one_by_one, tiled_linear
 from consilium.int8_experts import prepare_int8
 from consilium.quantization import Quantized
-from consilium.silu import silu_and_multiply
 
 
 class WeightOnlyArithmetic:
@@ -49,8 +48,8 @@ class WeightOnlyArithmetic:
 
     def _compute(self, expert: ExpertWeights, rows: Tensor) -> Tensor:
         x = rows.float()  # [N, D]
-        hidden = silu_and_multiply(_multiply(x, expert.gate), _multiply(x, expert.up))  # [N, F]
-        return _multiply(hidden, expert.down).to(self.reply_dtype)  # [N, D]
+        hidden = expert.between(_multiply(x, expert.gate), _multiply(x, expert.up))  # [N, F]
+        return expert.finish(_multiply(hidden, expert.down)).to(self.reply_dtype)  # [N, D]
 
 
 def _multiply(x: Tensor, weight: Tensor | Quantized) -> Tensor:

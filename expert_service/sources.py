@@ -14,7 +14,7 @@ from typing import Protocol
 import grpc
 import torch
 
-from consilium.checkpoint import Checkpoint, ExpertTensors
+from consilium.checkpoint import Checkpoint, ExpertBiases, ExpertTensors
 from consilium.content_hash import HASH_BYTES
 from consilium.errors import NotReady
 from consilium.experts import Arithmetic, ExpertWeights
@@ -104,7 +104,10 @@ class PeerWeights:
 def blank_weights(arithmetic: Arithmetic, model: ModelConfig) -> ExpertWeights:
     """An expert of ones: as large as the model's, for whoever has none yet."""
     inner, outer = torch.ones(model.expert_size, model.hidden_size), torch.ones(model.hidden_size, model.expert_size)
-    return arithmetic.prepare(ExpertTensors(inner, inner.clone(), outer))  # [F, D], [F, D], [D, F]
+    biases = None
+    if model.expert_bias:
+        biases = ExpertBiases(torch.ones(model.expert_size), torch.ones(model.expert_size), torch.ones(model.hidden_size))
+    return arithmetic.prepare(ExpertTensors(inner, inner.clone(), outer, biases, model.activation))
 
 
 def chunks(weights: ExpertWeights) -> Iterator[bytes]:
@@ -117,7 +120,12 @@ def chunks(weights: ExpertWeights) -> Iterator[bytes]:
 
 def read_weights(layout: ExpertWeights, parts: Iterable[bytes]) -> ExpertWeights | None:
     """An expert like ``layout`` with the bytes that come; None where they are too few or too many."""
-    made = ExpertWeights(*map(_empty_like, (layout.gate, layout.up, layout.down)))
+    gate, up, down = map(_empty_like, (layout.gate, layout.up, layout.down))
+    biases = None
+    if layout.biases is not None:
+        first, second, third = map(torch.empty_like, layout.biases)
+        biases = first, second, third
+    made = ExpertWeights(gate, up, down, biases, layout.activation)
     rooms = [tensor.view(-1).view(torch.uint8).numpy() for tensor in made.tensors()]
     place = start = 0
     for data in parts:

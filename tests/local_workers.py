@@ -12,7 +12,7 @@ import torch.nn.functional as nn
 from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic
-from consilium.checkpoint import Checkpoint
+from consilium.checkpoint import Checkpoint, ExpertTensors
 from consilium.config import GatewayConfig
 from consilium.float_experts import FloatArithmetic
 from consilium.frames import Frame, decode_result, encode_result
@@ -29,11 +29,23 @@ def reference_rows(checkpoint: Checkpoint, frame: Frame) -> Tensor:
     """What a float32 worker answers to ``frame``: [P, D], written as plainly as it can be."""
     rows = []
     for position, expert in enumerate(frame.experts):
-        gate, up, down = (each.float() for each in checkpoint.expert(frame.layer, expert).floats())
+        tensors = checkpoint.expert(frame.layer, expert)
         indices = frame.indices[frame.offsets[position] : frame.offsets[position + 1]].long()
         # Row by row: torch's product of several rows depends on how many there are.
-        rows += [(nn.silu(x @ gate.T) * (x @ up.T)) @ down.T for x in frame.rows[indices].split(1)]
+        rows += [reference_row(tensors, x) for x in frame.rows[indices].split(1)]
     return torch.cat(rows)
+
+
+def reference_row(tensors: ExpertTensors, x: Tensor) -> Tensor:
+    """One row [1, D] through one expert."""
+    gate, up, down = (each.float() for each in tensors.floats())
+    biases = [each.float() for each in tensors.biases] if tensors.biases else [torch.zeros(())] * 3
+    gated, upped = x @ gate.T + biases[0], x @ up.T + biases[1]
+    if tensors.activation is None:
+        return (nn.silu(gated) * upped) @ down.T + biases[2]
+    limit = tensors.activation.limit
+    gated, upped = gated.clamp(max=limit), upped.clamp(-limit, limit)
+    return (gated * (gated * tensors.activation.alpha).sigmoid() * (upped + 1)) @ down.T + biases[2]
 
 
 def outputs_of(rows: Tensor) -> ExpertOutputs:

@@ -13,6 +13,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -118,6 +120,19 @@ def save_deepseek_v3(folder: Path, **overrides: Any) -> Path:
     return _save(folder, DeepseekV3ForCausalLM, DeepseekV3Config(**{**_COMMON, **sizes, **overrides}))
 
 
+def save_gpt_oss(folder: Path, **overrides: Any) -> Path:
+    """A random gpt-oss in ``folder``, with a tokenizer; ``overrides`` are GptOssConfig's."""
+    sizes = {
+        "intermediate_size": 40,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "head_dim": 24,
+        "sliding_window": 9,
+        "swiglu_limit": 1.5,  # so that it is reached
+    }
+    return _save(folder, GptOssForCausalLM, GptOssConfig(**{**_COMMON, **sizes, **overrides}))
+
+
 _LATENT: dict[str, Any] = {
     "moe_intermediate_size": 40,
     "n_routed_experts": 8,
@@ -141,6 +156,8 @@ def _save(folder: Path, architecture: Any, config: Any) -> Path:
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
                 parameter.uniform_(-0.5, 0.5)
+            elif name.endswith("sinks"):
+                parameter.uniform_(-2, 3)
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.uniform_(-0.3, 0.3)

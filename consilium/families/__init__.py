@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from consilium.errors import CheckpointError
-from consilium.families import deepseek, deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_moe
+from consilium.families import deepseek, deepseek_v2, deepseek_v3, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from consilium.families.names import ExpertLayout, Names
 from consilium.model_config import ModelConfig, check
 
@@ -26,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek": Family(deepseek.parse, deepseek.NAMES),
     "deepseek_v2": Family(deepseek_v2.parse, deepseek_v2.NAMES),
     "deepseek_v3": Family(deepseek_v3.parse, deepseek_v3.NAMES),
+    "gpt_oss": Family(gpt_oss.parse, gpt_oss.NAMES),
     "mixtral": Family(mixtral.parse, mixtral.NAMES),
     "olmoe": Family(olmoe.parse, olmoe.NAMES),
     "qwen2_moe": Family(qwen2_moe.parse, qwen2_moe.NAMES),

@@ -10,13 +10,17 @@ class ExpertLayout:
     """Where the three matrices of an expert are found.
 
     Either one tensor each (gate and up [F, D], down [D, F]), or fused over the experts of a layer:
-    ``gate_up`` [E, 2F, D] with the gate's rows first, and ``down`` [E, D, F].
+    ``gate_up`` [E, 2F, D] with the gate's rows first, and ``down`` [E, D, F]; ``transposed`` they are [E, D, 2F], gate
+    and up in turns, and [E, F, D]. Fused biases are [E, 2F], in the same order, and [E, D].
     """
 
     down: str
     gate: str = ""
     up: str = ""
     gate_up: str = ""
+    transposed: bool = False
+    gate_up_bias: str = ""
+    down_bias: str = ""
 
     @property
     def fused(self) -> bool:

@@ -53,6 +53,7 @@ def compile_all() -> None:
     linear.rescale_rows(at, at, 1, at, _SIZE, at)
     arithmetic.exp_all(at, 1, at)
     arithmetic.silu_and_multiply_all(at, at, 1, at)
+    arithmetic.clamped_swiglu_all(at, at, 1, one, one, at)
     norm.rms_norm(at, 1, _SIZE, at, one, at)
     norm.norm_part(at, 1, _SIZE, _SIZE, at, one)
     gate.softmax_top_k(at, 1, _SIZE, at, _SIZE, 1, 1, at, at, at)

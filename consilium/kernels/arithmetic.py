@@ -79,6 +79,18 @@ def silu_and_multiply(gate: Any, up: Any, out: Any) -> None:
 
 
 @kernel
+def clamped_swiglu_all(gate: int, up: int, size: int, alpha: Any, limit: Any, out: int) -> None:
+    """float32 [size] at ``out``: g / (1 + exp(-alpha · g)) · (u + 1), g clamped from above and u to both sides."""
+    gates, ups, results = floats(gate, size), floats(up, size), floats(out, size)
+    for i in range(size):
+        g, u = gates[i], ups[i]
+        g = limit if g > limit else g
+        u = limit if u > limit else u
+        u = -limit if u < -limit else u
+        results[i] = (g / (exp(-(g * alpha)) + ONE)) * (u + ONE)
+
+
+@kernel
 def exp_all(x: int, size: int, out: int) -> None:
     """float32 [size] at ``out``: exp of those at ``x``."""
     values, results = floats(x, size), floats(out, size)

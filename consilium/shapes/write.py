@@ -71,7 +71,7 @@ def _hashes(checkpoint: Checkpoint, layer: int | None) -> dict[str, str]:
     if layer is None or not checkpoint.config.moe_layers[layer]:
         return {}
     experts = range(checkpoint.config.num_experts)
-    return {hash_key(layer, each): content_hash(checkpoint.expert(layer, each)).hex() for each in experts}
+    return {hash_key(layer, each): content_hash(checkpoint.expert(layer, each).matrices).hex() for each in experts}
 
 
 def _write_shard(file: Path, tensors: dict[str, Tensor], hashes: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from tests.tiny_models import (
     save_deepseek,
     save_deepseek_v2,
     save_deepseek_v3,
+    save_gpt_oss,
     save_mixtral,
     save_olmoe,
     save_qwen2_moe,
@@ -75,6 +76,8 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
             "topk_group": 1,
         },
     ),
+    "gpt-oss": (save_gpt_oss, {}),
+    "gpt-oss-plain-rope": (save_gpt_oss, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "qwen3-yarn-scaled": (save_qwen3_moe, {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
 }
 

@@ -33,6 +33,7 @@ from tests.local_workers import Int8Rows
 from tests.tiny_models import (
     save_deepseek_v2,
     save_deepseek_v3,
+    save_gpt_oss,
     save_mixtral,
     save_olmoe,
     save_qwen2_moe,
@@ -54,6 +55,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen2_moe": (save_qwen2_moe, {}),
     "deepseek_v2": (save_deepseek_v2, {"q_lora_rank": None}),
     "deepseek_v3": (save_deepseek_v3, {}),
+    "gpt_oss": (save_gpt_oss, {}),
 }
 
 Request = tuple[int, int, int, float]  # seed, tokens of the prompt, new tokens, temperature

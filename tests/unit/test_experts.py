@@ -8,13 +8,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from consilium.arithmetics import DTYPES, find_arithmetic
-from consilium.checkpoint import ExpertTensors
+from consilium.checkpoint import ExpertBiases, ExpertTensors
 from consilium.config import Quantization, RowDType
 from consilium.errors import CheckpointError
 from consilium.experts import Arithmetic, compute_expert
 from consilium.float_experts import tiled_linear
+from consilium.model_config import ClampedSwiGLU
 from consilium.quantization import quantize_rows, quantize_weight
 from consilium.silu import exp
+from tests.local_workers import reference_row
 
 HIDDEN, SIZE = 72, 40
 MODES: list[tuple[Quantization, RowDType]] = [
@@ -31,7 +33,15 @@ modes = pytest.mark.parametrize(("quantization", "dtype"), MODES)
 def expert(seed: int, dtype: torch.dtype = torch.float32) -> ExpertTensors:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((SIZE, HIDDEN), (SIZE, HIDDEN), (HIDDEN, SIZE))
-    return ExpertTensors(*((torch.randn(shape, generator=generator) / 6).to(dtype) for shape in shapes))
+    gate, up, down = ((torch.randn(shape, generator=generator) / 6).to(dtype) for shape in shapes)
+    return ExpertTensors(gate, up, down)
+
+
+def biased_expert(seed: int) -> ExpertTensors:
+    """As gpt-oss has it: biases, and an activation that is clamped."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    biases = ExpertBiases(*(torch.randn(size, generator=generator) for size in (SIZE, SIZE, HIDDEN)))
+    return expert(seed)._replace(biases=biases, activation=ClampedSwiGLU(1.7, 0.8))
 
 
 def inputs(arithmetic: Arithmetic, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -158,16 +168,17 @@ def test_numerics_classes() -> None:
 def test_weight_only_rounds_the_weights_and_nothing_else() -> None:
     arithmetic = find_arithmetic("int8-weight-only", "float32", HIDDEN, SIZE)
     tensors, x = expert(7), torch.randn(5, HIDDEN)
-    rounded = [values.float() * scales[:, None] for values, scales in map(quantize_weight, tensors.floats())]
+    gate, up, down = (values.float() * scales[:, None] for values, scales in map(quantize_weight, tensors.floats()))
     found = compute_expert(arithmetic, arithmetic.prepare(tensors), x)
-    expected = reference(ExpertTensors(*rounded), x)
+    expected = reference(ExpertTensors(gate, up, down), x)
     assert (found.double() - expected).norm() / expected.norm() < 1e-6
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int8-weight-only"])
 def test_weights_that_are_int8_on_disk_are_taken_as_they_are(quantization: Quantization) -> None:
     arithmetic, tensors = find_arithmetic(quantization, "float32", HIDDEN, SIZE), expert(8)
-    on_disk = ExpertTensors(*map(quantize_weight, tensors.floats()))
+    gate, up, down = map(quantize_weight, tensors.floats())
+    on_disk = ExpertTensors(gate, up, down)
     assert arithmetic.prepare(on_disk).content_hash() == arithmetic.prepare(tensors).content_hash()
     with pytest.raises(CheckpointError, match="int8 on disk"):
         find_arithmetic("none", "float32", HIDDEN, SIZE).prepare(on_disk)
@@ -177,3 +188,35 @@ def test_weights_that_are_int8_on_disk_are_taken_as_they_are(quantization: Quant
 def test_tiles_cover_every_row(count: int) -> None:
     x, weight = torch.randn(count, 20), torch.randn(7, 20)
     assert torch.allclose(tiled_linear(x, weight), x @ weight.T, atol=1e-5)
+
+
+@modes
+def test_biases_and_a_clamped_activation(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    tensors, x = biased_expert(9), torch.randn(5, HIDDEN)
+    found = compute_expert(arithmetic, arithmetic.prepare(tensors), *inputs(arithmetic, x)).double()
+    expected = torch.cat([reference_row(tensors, row) for row in x.split(1)]).double()
+    error = (found - expected).norm() / expected.norm()
+    assert error < {"none-float32": 1e-6, "none-bfloat16": 1e-2}.get(f"{quantization}-{dtype}", 3e-2)
+
+
+@modes
+def test_a_biased_expert_beside_others_has_the_same_bits(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    experts = [arithmetic.prepare(each) for each in (expert(1), biased_expert(2), expert(3))]
+    rows, scales = inputs(arithmetic, torch.randn(80, HIDDEN))
+    together = arithmetic.compute(experts, [0, 3, 75, 80], rows, scales)
+    for weights, (start, end) in zip(experts, ((0, 3), (3, 75), (75, 80)), strict=True):
+        for row in (start, end - 1):
+            scale = None if scales is None else scales[row : row + 1]
+            alone = compute_expert(arithmetic, weights, rows[row : row + 1], scale)
+            assert torch.equal(alone[0], together[row])
+
+
+def test_biases_belong_to_the_content_hash() -> None:
+    arithmetic = find_arithmetic("int8", "float32", HIDDEN, SIZE)
+    one, other = biased_expert(5), biased_expert(5)
+    assert arithmetic.prepare(one).content_hash() == arithmetic.prepare(other).content_hash()
+    assert one.biases is not None
+    one.biases.down[0] += 1
+    assert arithmetic.prepare(one).content_hash() != arithmetic.prepare(other).content_hash()
