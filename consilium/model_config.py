@@ -67,6 +67,10 @@ class ModelConfig:
     clip_qkv: float | None = None  # queries, keys and values are clamped to this
     attention_bias: bool = False
     output_bias: bool = True  # where there is attention_bias: the output projection has one, too
+    layer_norm: bool = False  # with biases, in place of RMS norm
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    logit_divisor: float = 1.0
     residual_scale: float = 1.0  # of what attention adds to the residual stream
     attention_scale: float | None = None  # of scores; None is 1/sqrt(d)
     sinks: bool = False  # every head has one more score, without a value

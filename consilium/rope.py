@@ -29,6 +29,9 @@ class Rope:
             inverse = _llama3(inverse, rope.scaling)
         elif rope.rope_type == "yarn":
             inverse, scale = _yarn(inverse, rope.theta, config.max_position, rope.scaling)
+        elif rope.rope_type == "longrope":
+            inverse = inverse / torch.tensor(rope.scaling["short_factor"])
+            scale = _number(rope.scaling, "short_mscale")
         self._inverse, self._scale = inverse, scale
         self._cos = self._sin = inverse.new_empty(0, len(inverse))  # [positions so far, d/2]
 

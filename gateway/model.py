@@ -20,7 +20,7 @@ from gateway.fused_attention import FusedAttention
 from gateway.latent_attention import LatentAttention
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
-from gateway.norm import RMSNorm
+from gateway.norm import LayerNorm, RMSNorm, make_norm
 from gateway.stage_clock import StageClock
 from gateway.worker import ExpertSource
 
@@ -39,12 +39,10 @@ class Block:
     ) -> None:
         config, names, dtype = checkpoint.config, checkpoint.names, arithmetic.residual_dtype
         maker = LinearMaker(dtype, arithmetic.dense)
-        self._input_norm = RMSNorm(checkpoint, names.input_norm.format(layer=layer), dtype)
-        self._post_norm = RMSNorm(checkpoint, names.post_norm.format(layer=layer), dtype)
+        self._input_norm = make_norm(checkpoint, names.input_norm.format(layer=layer), dtype)
+        self._post_norm = make_norm(checkpoint, names.post_norm.format(layer=layer), dtype)
         self._attention = make_attention(checkpoint, layer, maker)
-        self._fused: FusedAttention | None = None
-        if arithmetic.dense and isinstance(self._attention, Attention) and self._attention.plain:
-            self._fused = FusedAttention(self._input_norm, self._attention, self._post_norm, arithmetic.dense)
+        self._fused = fuse(self._input_norm, self._attention, self._post_norm, arithmetic)
         self._clock = clock
         self._feed_forward: LayerEnd = (
             MoELayer(checkpoint, layer, experts, arithmetic, clock)
@@ -74,6 +72,17 @@ def make_attention(checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> At
     return LatentAttention(checkpoint, layer, maker, latent)
 
 
+def fuse(
+    before: RMSNorm | LayerNorm, attention: Attention | LatentAttention, after: RMSNorm | LayerNorm, how: Arithmetic
+) -> FusedAttention | None:
+    """One kernel for all of a layer that comes before its experts; None for what that kernel does not know."""
+    if not isinstance(before, RMSNorm) or not isinstance(after, RMSNorm):
+        return None
+    if how.dense is None or not isinstance(attention, Attention) or not attention.plain:
+        return None
+    return FusedAttention(before, attention, after, how.dense)
+
+
 class Model:
     """Embedding, blocks, final norm and head."""
 
@@ -85,8 +94,10 @@ class Model:
         shape = (config.vocab_size, config.hidden_size)
         self._embed = checkpoint.tensor(names.embed, shape).to(dtype)  # [V, D]
         head = self._embed if config.tie_embeddings else checkpoint.matrix(names.head, shape)
-        self._head = LinearMaker(dtype, arithmetic.dense).make([head])
-        self._norm = RMSNorm(checkpoint, names.final_norm, dtype)
+        biases = [checkpoint.tensor(names.head_bias, (config.vocab_size,))] if config.head_bias else []
+        self._head = LinearMaker(dtype, arithmetic.dense).make([head], biases)
+        self._embedding_scale, self._logit_divisor = config.embedding_scale, config.logit_divisor
+        self._norm = make_norm(checkpoint, names.final_norm, dtype)
         self._rope = Rope(config)
         self._blocks = [Block(checkpoint, layer, arithmetic, experts, self.clock) for layer in range(config.num_layers)]
 
@@ -99,6 +110,8 @@ class Model:
     async def forward(self, batch: Batch) -> Tensor:
         """Hidden states [T, D] after the final norm. Stops early once nobody waits for any row."""
         x = self._embed[batch.tokens]
+        if self._embedding_scale != 1:
+            x *= self._embedding_scale
         for block in self._blocks:
             x = await block.forward(x, batch)
             if not batch.live_rows():
@@ -110,5 +123,7 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, V] float32."""
         logits = self._head.forward(hidden).float()
+        if self._logit_divisor != 1:
+            logits /= self._logit_divisor
         self.clock.mark("head")
         return logits

@@ -13,12 +13,22 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Ernie4_5_MoeConfig,
+    Ernie4_5_MoeForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -131,6 +141,64 @@ def save_gpt_oss(folder: Path, **overrides: Any) -> Path:
         "swiglu_limit": 1.5,  # so that it is reached
     }
     return _save(folder, GptOssForCausalLM, GptOssConfig(**{**_COMMON, **sizes, **overrides}))
+
+
+def save_granitemoe(folder: Path, **overrides: Any) -> Path:
+    """A random Granite MoE in ``folder``, with a tokenizer; ``overrides`` are GraniteMoeConfig's."""
+    sizes = {
+        "intermediate_size": 48,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 1.5,
+    }
+    return _save(folder, GraniteMoeForCausalLM, GraniteMoeConfig(**{**_COMMON, **sizes, **overrides}))
+
+
+def save_phimoe(folder: Path, **overrides: Any) -> Path:
+    """A random Phi-MoE in ``folder``, with a tokenizer; ``overrides`` are PhimoeConfig's."""
+    sizes = {
+        "intermediate_size": 48,
+        "num_local_experts": 6,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "router_jitter_noise": 0.2,
+    }
+    return _save(folder, PhimoeForCausalLM, PhimoeConfig(**{**_COMMON, **sizes, **overrides}))
+
+
+def save_ernie4_5_moe(folder: Path, **overrides: Any) -> Path:
+    """A random ERNIE 4.5 MoE in ``folder``, with a tokenizer; ``overrides`` are Ernie4_5_MoeConfig's."""
+    sizes = {"intermediate_size": 80, "moe_intermediate_size": 40, "moe_num_experts": 8, "moe_k": 3}
+    return _save(folder, Ernie4_5_MoeForCausalLM, Ernie4_5_MoeConfig(**{**_COMMON, **sizes, **overrides}))
+
+
+def save_glm4_moe(folder: Path, **overrides: Any) -> Path:
+    """A random GLM-4.5 in ``folder``, with a tokenizer; ``overrides`` are Glm4MoeConfig's."""
+    sizes = {
+        "intermediate_size": 80,
+        "moe_intermediate_size": 40,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "routed_scaling_factor": 1.7,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    }
+    return _save(folder, Glm4MoeForCausalLM, Glm4MoeConfig(**{**_COMMON, **sizes, **overrides}))
+
+
+def save_minimax_m2(folder: Path, **overrides: Any) -> Path:
+    """A random MiniMax-M2 in ``folder``, with a tokenizer; ``overrides`` are MiniMaxM2Config's."""
+    sizes = {
+        "intermediate_size": 48,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "head_dim": 16,
+        "rotary_dim": 8,
+    }
+    return _save(folder, MiniMaxM2ForCausalLM, MiniMaxM2Config(**{**_COMMON, **sizes, **overrides}))
 
 
 _LATENT: dict[str, Any] = {

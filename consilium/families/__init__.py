@@ -7,7 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from consilium.errors import CheckpointError
-from consilium.families import deepseek, deepseek_v2, deepseek_v3, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from consilium.families import (
+    deepseek,
+    deepseek_v2,
+    deepseek_v3,
+    ernie4_5_moe,
+    glm4_moe,
+    gpt_oss,
+    granitemoe,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from consilium.families.names import ExpertLayout, Names
 from consilium.model_config import ModelConfig, check
 
@@ -26,9 +40,14 @@ FAMILIES: dict[str, Family] = {
     "deepseek": Family(deepseek.parse, deepseek.NAMES),
     "deepseek_v2": Family(deepseek_v2.parse, deepseek_v2.NAMES),
     "deepseek_v3": Family(deepseek_v3.parse, deepseek_v3.NAMES),
+    "ernie4_5_moe": Family(ernie4_5_moe.parse, ernie4_5_moe.NAMES),
+    "glm4_moe": Family(glm4_moe.parse, glm4_moe.NAMES),
     "gpt_oss": Family(gpt_oss.parse, gpt_oss.NAMES),
+    "granitemoe": Family(granitemoe.parse, granitemoe.NAMES),
+    "minimax_m2": Family(minimax_m2.parse, minimax_m2.NAMES),
     "mixtral": Family(mixtral.parse, mixtral.NAMES),
     "olmoe": Family(olmoe.parse, olmoe.NAMES),
+    "phimoe": Family(phimoe.parse, phimoe.NAMES),
     "qwen2_moe": Family(qwen2_moe.parse, qwen2_moe.NAMES),
     "qwen3_moe": Family(qwen3_moe.parse, qwen3_moe.NAMES),
 }

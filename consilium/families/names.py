@@ -59,6 +59,7 @@ class Names:
     embed: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
+    head_bias: str = "lm_head.bias"
     input_norm: str = "model.layers.{layer}.input_layernorm.weight"
     post_norm: str = "model.layers.{layer}.post_attention_layernorm.weight"
     q_proj: str = "model.layers.{layer}.self_attn.q_proj"

@@ -55,6 +55,7 @@ def compile_all() -> None:
     arithmetic.silu_and_multiply_all(at, at, 1, at)
     arithmetic.clamped_swiglu_all(at, at, 1, one, one, at)
     norm.rms_norm(at, 1, _SIZE, at, one, at)
+    norm.layer_norm(at, 1, _SIZE, at, at, one, at)
     norm.norm_part(at, 1, _SIZE, _SIZE, at, one)
     gate.softmax_top_k(at, 1, _SIZE, at, _SIZE, 1, 1, at, at, at)
     gate_rules.route(at, 0, _SIZE, at, 0, 0, at, at, at, at, at)

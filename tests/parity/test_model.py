@@ -7,22 +7,29 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from consilium.checkpoint import Checkpoint
+from consilium.integer_product import find_integer_product
 from gateway.arithmetic import Arithmetic
 from gateway.batch import Segment
 from gateway.kv_cache import KVPool
 from gateway.mailbox import Mailbox
 from gateway.model import Model
-from tests.local_workers import local_dispatcher
+from tests.local_workers import Compute, Int8Rows, local_dispatcher
 from tests.tiny_models import (
     save_deepseek,
     save_deepseek_v2,
     save_deepseek_v3,
+    save_ernie4_5_moe,
+    save_glm4_moe,
     save_gpt_oss,
+    save_granitemoe,
+    save_minimax_m2,
     save_mixtral,
     save_olmoe,
+    save_phimoe,
     save_qwen2_moe,
     save_qwen3_moe,
 )
@@ -37,6 +44,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.1, 3.8],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 9.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+    "original_max_position_embeddings": 64,
+}
 SCALED = {"mscale": 0.7, "mscale_all_dim": 1.2}
 
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -78,6 +94,16 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "gpt-oss": (save_gpt_oss, {}),
     "gpt-oss-plain-rope": (save_gpt_oss, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "granite": (save_granitemoe, {}),
+    "granite-tied": (save_granitemoe, {"tie_word_embeddings": True, "attention_bias": True}),
+    "phimoe": (save_phimoe, {}),
+    "phimoe-window": (save_phimoe, {"sliding_window": 9, "attention_bias": False, "lm_head_bias": False}),
+    "phimoe-longrope": (save_phimoe, {"rope_parameters": LONGROPE}),
+    "ernie": (save_ernie4_5_moe, {}),
+    "ernie-untied": (save_ernie4_5_moe, {"tie_word_embeddings": False, "moe_layer_end_index": 1}),
+    "glm4": (save_glm4_moe, {}),
+    "glm4-groups": (save_glm4_moe, {"n_group": 4, "topk_group": 2, "use_qk_norm": False, "attention_bias": False}),
+    "minimax-m2": (save_minimax_m2, {}),
     "qwen3-yarn-scaled": (save_qwen3_moe, {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
 }
 
@@ -89,23 +115,50 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return saved
 
 
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(384, (2, 40), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module")
 @torch.inference_mode()
-def test_log_probabilities_equal_transformers(folder: Path) -> None:
-    checkpoint = Checkpoint(folder)
+def expected(folder: Path, tokens: Tensor) -> Tensor:
+    """Log-probabilities [2, 40, V] by transformers."""
+    twin = folder / "twin"  # of a family that transformers lacks
+    reference = AutoModelForCausalLM.from_pretrained(twin if twin.is_dir() else folder, dtype=torch.float32).eval()
+    found: Tensor = torch.log_softmax(reference(tokens).logits.float(), dim=-1)
+    return found
+
+
+def test_log_probabilities_equal_transformers(folder: Path, tokens: Tensor, expected: Tensor) -> None:
+    found = log_probabilities(Checkpoint(folder), tokens, Arithmetic(torch.float32))
+    assert (found - expected).abs().max() < 1e-4
+    assert (expected[0, 1:] - expected[0, :-1]).abs().max() > 1  # the reference does tell positions apart
+
+
+def test_int8_is_close(folder: Path, tokens: Tensor, expected: Tensor) -> None:
+    """Closer than another position's would be by far: weights that were reordered or scaled are quantized rightly."""
+    checkpoint, product = Checkpoint(folder), find_integer_product()
+    arithmetic = Arithmetic(torch.float32, product, product)
+    found = log_probabilities(checkpoint, tokens, arithmetic, Int8Rows(checkpoint))
+    assert (found - expected).norm() < 0.4 * (expected - expected.roll(1, 1)).norm()
+
+
+@torch.inference_mode()
+def log_probabilities(
+    checkpoint: Checkpoint, tokens: Tensor, arithmetic: Arithmetic, compute: Compute | None = None
+) -> Tensor:
+    """[2, 40, V] by ours, in a batch of both sequences."""
     config = checkpoint.config
     mailbox = Mailbox(lambda event: pytest.fail(f"unexpected {event}"))
     odd, even = range(1, config.num_experts, 2), range(0, config.num_experts, 2)
-    dispatcher, _ = local_dispatcher(checkpoint, mailbox, [odd, even])
-    model = Model(checkpoint, Arithmetic(torch.float32), dispatcher)
+    replies = torch.float32 if compute is None else torch.bfloat16
+    dispatcher, _ = local_dispatcher(checkpoint, mailbox, [odd, even], compute, replies)
+    model = Model(checkpoint, arithmetic, dispatcher)
     pool = KVPool(config, torch.float32, 2**24)
 
-    tokens = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(7))
-    twin = folder / "twin"  # of a family that transformers lacks
-    reference = AutoModelForCausalLM.from_pretrained(twin if twin.is_dir() else folder, dtype=torch.float32).eval()
-    expected = torch.log_softmax(reference(tokens).logits.float(), dim=-1)  # [2, 40, V]
-
     caches = [pool.allocate(40, 40) for _ in tokens]
-    found = torch.empty_like(expected)
+    found = torch.empty(*tokens.shape, config.vocab_size)
     # Two sequences of the same batch: chunks of unequal length, single tokens, and one alone at the end.
     for first, second in [
         ((0, 13), (0, 1)),
@@ -126,5 +179,4 @@ def test_log_probabilities_equal_transformers(folder: Path) -> None:
         for segment, (sequence, start, stop) in zip(segments, spans, strict=True):
             rows = logits[segment.row : segment.row + segment.length]
             found[sequence, start:stop] = torch.log_softmax(rows, dim=-1)
-    assert (found - expected).abs().max() < 1e-4
-    assert (expected[0, 1:] - expected[0, :-1]).abs().max() > 1  # the reference does tell positions apart
+    return found

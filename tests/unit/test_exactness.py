@@ -33,9 +33,14 @@ from tests.local_workers import Int8Rows
 from tests.tiny_models import (
     save_deepseek_v2,
     save_deepseek_v3,
+    save_ernie4_5_moe,
+    save_glm4_moe,
     save_gpt_oss,
+    save_granitemoe,
+    save_minimax_m2,
     save_mixtral,
     save_olmoe,
+    save_phimoe,
     save_qwen2_moe,
     save_qwen3_moe,
 )
@@ -56,6 +61,11 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "deepseek_v2": (save_deepseek_v2, {"q_lora_rank": None}),
     "deepseek_v3": (save_deepseek_v3, {}),
     "gpt_oss": (save_gpt_oss, {}),
+    "granitemoe": (save_granitemoe, {}),
+    "phimoe": (save_phimoe, {}),
+    "ernie4_5_moe": (save_ernie4_5_moe, {}),
+    "glm4_moe": (save_glm4_moe, {}),
+    "minimax_m2": (save_minimax_m2, {}),
 }
 
 Request = tuple[int, int, int, float]  # seed, tokens of the prompt, new tokens, temperature
