@@ -54,6 +54,14 @@ class Section(BaseModel):
         return value
 
 
+class AdaptiveK(Section):
+    """Fewer experts for tokens whose gate is sure: what the others would add is left out."""
+
+    mass: float = Field(gt=0, le=1, description="share of a token's gate weights that its experts must have")
+    min: int = Field(1, ge=1, description="experts that every token gets")
+    max: int | None = Field(None, ge=1, description="most experts of a token; as many as the model chooses by default")
+
+
 class GatewayConfig(Section):
     """The gateway: the address it listens on, and how much it takes on at once."""
 
@@ -88,6 +96,10 @@ class GatewayConfig(Section):
     metrics_all_experts: bool = Field(False, description="a series for every (layer, expert), not for 20 and the rest")
     micro_batches: int | None = Field(
         None, ge=1, le=2, description="batches of a step that take turns with the workers; by default what is faster"
+    )
+    adaptive_k: AdaptiveK | None = Field(None, description="ask fewer experts where they have most of the weight")
+    capacity_factor: float | None = Field(
+        None, ge=1, description="most tokens of an expert and batch, times the even share; the rest go to the next-best"
     )
     local_links: bool = Field(True, description="pass frames to workers on this host without gRPC")
     drain_timeout: Duration = Field(30.0, ge=0, description="how long running requests may go on after SIGTERM")

@@ -21,6 +21,7 @@ class Routing:
 
     ids: Tensor  # [T, K] int64
     weights: Tensor  # [T, K] float32
+    kept: Tensor | None = None  # [T, K] bool: experts that are asked; None is all of them
 
 
 def softmax_top_k(logits: Tensor, top_k: int, *, normalize: bool) -> Routing:

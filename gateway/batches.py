@@ -41,7 +41,8 @@ def group_by_expert(rows: Tensor, scales: Tensor | None, routing: Routing, *, pr
     """Sort the pairs of ``routing`` by expert; pairs of one expert keep the order of their tokens."""
     ids = routing.ids.numpy().reshape(-1)  # [T * K]
     experts, offsets, slots, tokens = kernel.group(ids, routing.ids.shape[1])
-    return ExpertBatches(rows, scales, experts, offsets, slots, tokens, ids.size, prefill)
+    batches = ExpertBatches(rows, scales, experts, offsets, slots, tokens, ids.size, prefill)
+    return batches if routing.kept is None else _keep(batches, routing.kept.numpy().reshape(-1)[slots])
 
 
 def experts_of_tokens(batches: ExpertBatches) -> NDArray[np.int64]:
@@ -55,7 +56,11 @@ def keep_tokens(batches: ExpertBatches, tokens: Sequence[int]) -> ExpertBatches:
     """Only the pairs of these tokens, and the experts that have any; slots and tokens mean the same as before."""
     kept = np.zeros(len(batches.rows), dtype=np.bool_)  # [T]
     kept[tokens] = True
-    pairs = kept[batches.tokens]  # [P]
+    return _keep(batches, kept[batches.tokens])
+
+
+def _keep(batches: ExpertBatches, pairs: NDArray[np.bool_]) -> ExpertBatches:
+    """Only the ``pairs`` [P] that are true."""
     owners = np.repeat(np.arange(len(batches.experts)), batches.counts)[pairs]
     positions, starts = np.unique(owners, return_index=True)
     return replace(

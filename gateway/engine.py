@@ -105,6 +105,7 @@ class Engine:
             prefix_tokens=store.kept_tokens,
             workers=self.dispatcher.take_stats(),
             stages=self.model.clock.take(),
+            gate_policy=self.model.policy.take() if self.model.policy else {},
         )
 
     def _parts(self, work: list[Work]) -> list[list[Work]]:

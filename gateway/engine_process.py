@@ -30,6 +30,7 @@ from gateway.arithmetic import find_arithmetic
 from gateway.dispatcher import Dispatcher
 from gateway.engine import Engine
 from gateway.expert_meter import ExpertCounts, ExpertMeter
+from gateway.gate_policy import find_policy
 from gateway.kv_cache import KVPool
 from gateway.kv_store import KVStore
 from gateway.local_experts import local_experts
@@ -81,6 +82,7 @@ class EngineProcess:
                 find_arithmetic(config, self._checkpoint.config),
                 self._cache or self._dispatcher,
                 self._dispatcher.clock,
+                find_policy(config.gateway, self._checkpoint.config),
             ),
             Scheduler(store, config.gateway.max_running, config.gateway.max_step_tokens),
             self._dispatcher,

@@ -20,13 +20,15 @@ from consilium.gate_rule import GateRule, Scores
 from consilium.kernels import gate as plain_kernel
 from consilium.kernels import gate_rules as kernel
 from consilium.kernels.float_tile import LANES
+from gateway.gate_policy import GatePolicy
 from gateway.heads import PRODUCTS_PER_BYTE
 
 
 class Gate:
     """Softmax, then the K largest has a kernel of its own, all other rules share one."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: int, policy: GatePolicy | None = None) -> None:
+        self._policy = policy
         config, names, rule = checkpoint.config, checkpoint.names, checkpoint.config.gate
         self._num_experts, self._top_k, self._rule = config.num_experts, config.top_k, rule
         name = names.router.format(layer=layer)
@@ -45,15 +47,20 @@ class Gate:
         rows = len(x)
         ids, weights = torch.empty(rows, self._top_k, dtype=torch.int64), torch.empty(rows, self._top_k)
         scratch = torch.empty(rows, 1 if self._plain else 2, self.matrix.shape[1])  # [T, 1 or 2, E], filled up
+        scores = torch.empty(rows, self._num_experts) if self._policy and self._policy.needs_scores else None
 
         def work(first: int, last: int) -> None:
             own = [each[first:].data_ptr() for each in (scratch, ids, weights)]
             self._run(x[first:].data_ptr(), last - first, *own)
+            if scores is not None:  # which come before whatever else the part's scratch has
+                part = scratch[first:last].view(-1, last - first, self.matrix.shape[1])[0]
+                scores[first:last] = part[:, : self._num_experts]
 
         parts = max(1, min(rows, parallel.count_slices(rows * self.matrix.numel() // PRODUCTS_PER_BYTE)))
         bounds = [rows * part // parts for part in range(parts + 1)]
         parallel.run([partial(work, first, last) for first, last in pairwise(bounds)])
-        return Routing(ids, weights)
+        routing = Routing(ids, weights)
+        return routing if self._policy is None else self._policy.apply(routing, scores)
 
     def _run(self, x: int, rows: int, scratch: int, ids: int, weights: int) -> None:
         left = x, rows, self.matrix.shape[0], self.matrix.data_ptr()

@@ -157,6 +157,7 @@ class EngineStats:
     # Seconds of the engine's thread in each stage of gateway.stage_clock since the last message.
     stages: dict[str, float] = field(default_factory=dict)
     last_replica: dict[str, int] = field(default_factory=dict)  # rows of all layers, by policy
+    gate_policy: dict[str, int] = field(default_factory=dict)  # what it changed: see gateway.gate_policy
     micro_batches: int = 1  # that the step was computed as, and what was weighed, in seconds of a layer
     hop_seconds: float = 0.0
     rereading_seconds: float = 0.0

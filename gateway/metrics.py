@@ -97,6 +97,8 @@ class Metrics:
             self._last_replica.labels(self._model, policy).inc(rows)
         for stage, seconds in stats.stages.items():
             self._stages[stage].inc(max(0.0, seconds))
+        for change, pairs in stats.gate_policy.items():
+            self._gate_policy.labels(self._model, change).inc(pairs)
         self._workers.count(stats.workers)
 
     def status(self, status: Status) -> None:
@@ -139,6 +141,9 @@ class Metrics:
         self.running = self._gauge("num_requests_running", "Sequences in the engine's batch").labels(self._model)
         self.waiting = self._gauge("num_requests_waiting", "Sequences that wait for space").labels(self._model)
         self.kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1").labels(self._model)
+        self._gate_policy = self._counter(
+            "gate_policy_pairs", "Choices of the gate dropped, moved, or left over capacity by policy", "change"
+        )
         preemptions = self._counter("num_preemptions", "Sequences that gave up their space for others")
         self._preemptions = preemptions.labels(self._model)
         self._prefix_cache()

@@ -17,6 +17,7 @@ from gateway.attention import Attention
 from gateway.batch import Batch, Segment
 from gateway.feed_forward import DenseLayer
 from gateway.fused_attention import FusedAttention
+from gateway.gate_policy import GatePolicy
 from gateway.latent_attention import LatentAttention
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
@@ -35,7 +36,13 @@ class Block:
     """Attention, then feed-forward, each on the normed residual stream."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layer: int, arithmetic: Arithmetic, experts: ExpertSource, clock: StageClock
+        self,
+        checkpoint: Checkpoint,
+        layer: int,
+        arithmetic: Arithmetic,
+        experts: ExpertSource,
+        clock: StageClock,
+        policy: GatePolicy | None,
     ) -> None:
         config, names, dtype = checkpoint.config, checkpoint.names, arithmetic.residual_dtype
         maker = LinearMaker(dtype, arithmetic.dense)
@@ -45,7 +52,7 @@ class Block:
         self._fused = fuse(self._input_norm, self._attention, self._post_norm, arithmetic)
         self._clock = clock
         self._feed_forward: LayerEnd = (
-            MoELayer(checkpoint, layer, experts, arithmetic, clock)
+            MoELayer(checkpoint, layer, experts, arithmetic, clock, policy)
             if config.moe_layers[layer]
             else DenseLayer(checkpoint, layer, maker)
         )
@@ -87,10 +94,15 @@ class Model:
     """Embedding, blocks, final norm and head."""
 
     def __init__(
-        self, checkpoint: Checkpoint, arithmetic: Arithmetic, experts: ExpertSource, clock: StageClock | None = None
+        self,
+        checkpoint: Checkpoint,
+        arithmetic: Arithmetic,
+        experts: ExpertSource,
+        clock: StageClock | None = None,
+        policy: GatePolicy | None = None,
     ) -> None:
         config, names, dtype = checkpoint.config, checkpoint.names, arithmetic.residual_dtype
-        self.clock = clock or StageClock()
+        self.clock, self.policy = clock or StageClock(), policy
         shape = (config.vocab_size, config.hidden_size)
         self._embed = checkpoint.tensor(names.embed, shape).to(dtype)  # [V, D]
         head = self._embed if config.tie_embeddings else checkpoint.matrix(names.head, shape)
@@ -99,7 +111,9 @@ class Model:
         self._embedding_scale, self._logit_divisor = config.embedding_scale, config.logit_divisor
         self._norm = make_norm(checkpoint, names.final_norm, dtype)
         self._rope = Rope(config)
-        self._blocks = [Block(checkpoint, layer, arithmetic, experts, self.clock) for layer in range(config.num_layers)]
+        self._blocks = [
+            Block(checkpoint, layer, arithmetic, experts, self.clock, policy) for layer in range(config.num_layers)
+        ]
 
     def batch(self, tokens: list[int], segments: list[Segment]) -> Batch:
         """The rows of one step; ``tokens`` are those of the segments, one after the other."""

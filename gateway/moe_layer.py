@@ -15,6 +15,7 @@ from gateway.batch import Batch
 from gateway.batches import ExpertOutputs, combine, group_by_expert, keep_tokens, renormalised
 from gateway.feed_forward import SharedExperts
 from gateway.gate import Gate
+from gateway.gate_policy import GatePolicy
 from gateway.linear import LinearMaker
 from gateway.stage_clock import StageClock
 from gateway.worker import ExpertSource
@@ -24,9 +25,15 @@ class MoELayer:
     """The gate of one layer, and the way to its experts."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layer: int, experts: ExpertSource, arithmetic: Arithmetic, clock: StageClock
+        self,
+        checkpoint: Checkpoint,
+        layer: int,
+        experts: ExpertSource,
+        arithmetic: Arithmetic,
+        clock: StageClock,
+        policy: GatePolicy | None = None,
     ) -> None:
-        self.gate = Gate(checkpoint, layer)
+        self.gate = Gate(checkpoint, layer, policy)
         maker = LinearMaker(arithmetic.residual_dtype, arithmetic.dense)
         self._shared = SharedExperts(checkpoint, layer, maker) if checkpoint.config.shared_size else None
         self._layer, self._experts, self._arithmetic, self._clock = layer, experts, arithmetic, clock

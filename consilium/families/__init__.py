@@ -23,9 +23,10 @@ from consilium.families import (
     qwen3_moe,
 )
 from consilium.families.names import ExpertLayout, Names
+from consilium.families.refused import REFUSED
 from consilium.model_config import ModelConfig, check
 
-__all__ = ["ExpertLayout", "Family", "Names", "find_family", "parse_config"]
+__all__ = ["ExpertLayout", "Family", "Names", "find_family", "parse_config", "require_offline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Of which `consilium quantize` and `consilium prune` know all tensors.
+OFFLINE = ("mixtral", "qwen3_moe")
+
+
 def find_family(config: Mapping[str, Any]) -> Family:
     """The family that config.json's `model_type` names. Raises CheckpointError with the list of those supported."""
     model_type = config.get("model_type")
@@ -60,10 +65,21 @@ def find_family(config: Mapping[str, Any]) -> Family:
     if family is None:
         named = config.get("architectures")
         architecture = named[0] if isinstance(named, list) and named else model_type
+        reason = f", for {REFUSED[model_type]}" if isinstance(model_type, str) and model_type in REFUSED else ""
         raise CheckpointError(
-            f"config.json: architecture {architecture!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            f"config.json: architecture {architecture!r} is not supported{reason}; supported: "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     return family
+
+
+def require_offline(config: ModelConfig, command: str) -> None:
+    """Raise CheckpointError unless ``command``, which rewrites checkpoints, knows the family."""
+    if config.family not in OFFLINE:
+        raise CheckpointError(
+            f"{command} does not know {config.family} models, only {' and '.join(OFFLINE)}; serve the float "
+            "checkpoint, which is quantized as it is loaded"
+        )
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:

@@ -15,6 +15,7 @@ from consilium.kernels import (
     arithmetic,
     attention,
     attention_layer,
+    capacity,
     experts,
     gate,
     gate_rules,
@@ -59,6 +60,9 @@ def compile_all() -> None:
     norm.norm_part(at, 1, _SIZE, _SIZE, at, one)
     gate.softmax_top_k(at, 1, _SIZE, at, _SIZE, 1, 1, at, at, at)
     gate_rules.route(at, 0, _SIZE, at, 0, 0, at, at, at, at, at)
+    capacity.limit_load(
+        np.zeros((1, 1), np.int64), np.ones((1, 1), np.bool_), np.zeros(1, np.int64), np.ones((1, 1), np.float32), 1
+    )
     sampling.largest(at, 1, _SIZE, at, alone(1))
     limits, top_k = np.ones((1, 3), np.float32), np.ones(1, np.int64)
     sampling.draw(np.array([at]), _SIZE, limits, top_k, np.zeros(1), at, alone(1))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
 from consilium.errors import CheckpointError, ConfigError
+from consilium.families import require_offline
 from consilium.prune.choose import Expert, choose_kept, merge, nearest_kept
 from consilium.tensor_files import INDEX_FILE, PICKLE_PATTERNS
 
@@ -36,6 +37,7 @@ def prune(checkpoint: Checkpoint, out: Path, pruning: Pruning, advance: Callable
     """
     if checkpoint.int8 or not isinstance(checkpoint.folder, Path):
         raise CheckpointError(f"{checkpoint.folder} is int8; prune the float model, then run: consilium quantize")
+    require_offline(checkpoint.config, "consilium prune")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give another folder")
     config = checkpoint.config

@@ -17,6 +17,7 @@ from torch import Tensor
 from consilium.checkpoint import Checkpoint
 from consilium.compressed_tensors import quantization_config
 from consilium.errors import CheckpointError, ConfigError
+from consilium.families import require_offline
 from consilium.model_folder import UNFINISHED
 from consilium.models import is_model_folder
 from consilium.quantize.calibration import STRENGTHS, calibrate_head, calibrate_layer, embed
@@ -43,6 +44,7 @@ def quantize(
     checkpoint = Checkpoint(model)
     if checkpoint.int8:
         raise CheckpointError(f"{model} is int8 already; give the float checkpoint it was made from")
+    require_offline(checkpoint.config, "consilium quantize")
     vocabulary = checkpoint.config.vocab_size
     tokens = encode_text(model, vocabulary, calibration_text(text), FEWEST_TOKENS, MOST_TOKENS)
     _prepare_folder(model, out, force=force)

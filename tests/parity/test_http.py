@@ -13,20 +13,17 @@ import pytest
 from tests.parity.oracle import Oracle
 from tests.parity.served import Served
 from tests.stack import stack
-from tests.tiny_models import save_mixtral, save_qwen3_moe
+from tests.tiny_models import save_deepseek_v3, save_gpt_oss, save_mixtral, save_qwen3_moe
 
 VOCABULARY = 384
 
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixtral": (save_mixtral, {}),
     "mixtral-odd": (save_mixtral, {"hidden_size": 72, "head_dim": 10, "num_local_experts": 5}),
-    "mixtral-top1-tied": (
-        save_mixtral,
-        {"num_experts_per_tok": 1, "tie_word_embeddings": True, "num_local_experts": 3},
-    ),
     "qwen3": (save_qwen3_moe, {}),
     "qwen3-sparse-step": (save_qwen3_moe, {"decoder_sparse_step": 2, "num_hidden_layers": 4, "num_experts_per_tok": 3}),
-    "qwen3-tied-odd": (save_qwen3_moe, {"tie_word_embeddings": True, "hidden_size": 40, "norm_topk_prob": False}),
+    "deepseek-v3": (save_deepseek_v3, {}),
+    "gpt-oss": (save_gpt_oss, {}),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from consilium.checkpoint import Checkpoint
 from gateway.arithmetic import Arithmetic
 from gateway.engine import Engine
+from gateway.gate_policy import GatePolicy
 from gateway.kv_cache import BLOCK, KVPool
 from gateway.kv_store import KVStore
 from gateway.mailbox import Mailbox
@@ -63,6 +64,7 @@ class Served:
         micro_batches: int | None = 1,
         arithmetic: Arithmetic | None = None,
         compute: Compute | None = None,
+        policy: GatePolicy | None = None,
     ) -> None:
         config = checkpoint.config
         arithmetic = arithmetic or Arithmetic(torch.float32)
@@ -72,7 +74,7 @@ class Served:
         dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute, replies)
         memory = blocks * BLOCK * config.cached_elements * arithmetic.dtype.itemsize
         scheduler = Scheduler(KVStore(KVPool(config, arithmetic.dtype, memory), prefix_cache=prefix_cache), 8, step)
-        model = Model(checkpoint, arithmetic, dispatcher, dispatcher.clock)
+        model = Model(checkpoint, arithmetic, dispatcher, dispatcher.clock, policy)
         self.engine = Engine(
             model, scheduler, dispatcher, self.mailbox, config.eos_token_ids, MicroBatches.of(config, micro_batches)
         )

@@ -106,7 +106,7 @@ def test_int8_matrices_are_read_with_their_scales(folder: Path, stated: dict[str
 def test_int8_matrices_are_views_of_the_mapped_file(folder: Path) -> None:
     """So a worker is ready in seconds, and workers of one machine share the memory. The few scales are copied."""
     checkpoint = Checkpoint(quantize_folder(folder, PUBLISHED, lambda _: None))
-    for matrix in checkpoint.expert(2, 3):
+    for matrix in checkpoint.expert(2, 3).matrices:
         assert isinstance(matrix, Quantized)
         assert is_mapped(matrix.values, folder / "model.safetensors")
         assert matrix.scales.data_ptr() % 4 == 0

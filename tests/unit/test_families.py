@@ -238,6 +238,14 @@ def test_other_architectures_are_refused_by_name(raw: Json, named: str) -> None:
         parse_config(raw)
 
 
+@pytest.mark.parametrize(("model_type", "reason"), [("jamba", "Mamba"), ("switch_transformers", "an encoder")])
+def test_known_families_are_refused_with_the_reason(model_type: str, reason: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"'{model_type}' is not supported, for it has {reason}.*; supported: dee"
+    ):
+        parse_config({"model_type": model_type})
+
+
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope", "mrope", 5, ["yarn"]])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_other_rope_types_are_refused_by_name(key: str, rope_type: object) -> None:

@@ -20,7 +20,7 @@ from consilium.quantization import Quantized
 from consilium.quantize import unfinished
 from consilium.quantize.run import quantize
 from consilium.quantize.text import FEWEST_TOKENS, MOST_TOKENS, calibration_text, encode_text
-from tests.tiny_models import save_mixtral, save_qwen3_moe
+from tests.tiny_models import save_mixtral, save_olmoe, save_qwen3_moe
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_every_matrix_but_the_routers_is_int8(tmp_path: Path, fused: bool) -> No
     assert all(name.endswith(kinds) for name in float_names)
     for layer in (0, 2):
         for expert in range(6):
-            assert all(isinstance(matrix, Quantized) for matrix in after.expert(layer, expert))
+            assert all(isinstance(matrix, Quantized) for matrix in after.expert(layer, expert).matrices)
             assert after.stored_hash(layer, expert) == content_hash(after.expert(layer, expert).matrices)
-    assert all(isinstance(matrix, Quantized) for matrix in after.dense(1))
+    assert all(isinstance(matrix, Quantized) for matrix in after.dense(1).matrices)
     assert isinstance(after.matrix("lm_head.weight", (384, 64)), Quantized)
     assert torch.equal(
         after.tensor("model.embed_tokens.weight", (384, 64)), before.tensor("model.embed_tokens.weight", (384, 64))
@@ -252,3 +252,10 @@ def test_experts_on_disk_have_their_hashes_beside_them(model: Path, tmp_path: Pa
     with safe_open(tmp_path / "int8" / "model-00003-of-00005.safetensors", framework="pt") as file:
         assert {name for name in file.metadata() if name != "format"} == {f"consilium.expert.1.{e}" for e in range(4)}
     assert Checkpoint(model).stored_hash(1, 0) is None
+
+
+def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
+    model = save_olmoe(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="consilium quantize does not know olmoe models, only mixtral and qwen3"):
+        quantize(model, tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
