@@ -31,6 +31,7 @@ from gateway.kv_cache import blocks_for
 from gateway.messages import Generate, SamplingParams
 from tests.local_workers import Int8Rows
 from tests.tiny_models import (
+    save_deepseek,
     save_deepseek_v2,
     save_deepseek_v3,
     save_ernie4_5_moe,
@@ -58,6 +59,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     # The following go other ways through attention, gate or experts: a few cases each.
     "olmoe": (save_olmoe, {"clip_qkv": 1.5}),
     "qwen2_moe": (save_qwen2_moe, {}),
+    "deepseek": (save_deepseek, {}),
     "deepseek_v2": (save_deepseek_v2, {"q_lora_rank": None}),
     "deepseek_v3": (save_deepseek_v3, {}),
     "gpt_oss": (save_gpt_oss, {}),
