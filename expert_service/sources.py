@@ -106,7 +106,9 @@ def blank_weights(arithmetic: Arithmetic, model: ModelConfig) -> ExpertWeights:
     inner, outer = torch.ones(model.expert_size, model.hidden_size), torch.ones(model.hidden_size, model.expert_size)
     biases = None
     if model.expert_bias:
-        biases = ExpertBiases(torch.ones(model.expert_size), torch.ones(model.expert_size), torch.ones(model.hidden_size))
+        biases = ExpertBiases(
+            torch.ones(model.expert_size), torch.ones(model.expert_size), torch.ones(model.hidden_size)
+        )
     return arithmetic.prepare(ExpertTensors(inner, inner.clone(), outer, biases, model.activation))
 
 

@@ -47,20 +47,24 @@ class Gate:
         rows = len(x)
         ids, weights = torch.empty(rows, self._top_k, dtype=torch.int64), torch.empty(rows, self._top_k)
         scratch = torch.empty(rows, 1 if self._plain else 2, self.matrix.shape[1])  # [T, 1 or 2, E], filled up
-        scores = torch.empty(rows, self._num_experts) if self._policy and self._policy.needs_scores else None
 
         def work(first: int, last: int) -> None:
             own = [each[first:].data_ptr() for each in (scratch, ids, weights)]
             self._run(x[first:].data_ptr(), last - first, *own)
-            if scores is not None:  # which come before whatever else the part's scratch has
-                part = scratch[first:last].view(-1, last - first, self.matrix.shape[1])[0]
-                scores[first:last] = part[:, : self._num_experts]
 
         parts = max(1, min(rows, parallel.count_slices(rows * self.matrix.numel() // PRODUCTS_PER_BYTE)))
         bounds = [rows * part // parts for part in range(parts + 1)]
         parallel.run([partial(work, first, last) for first, last in pairwise(bounds)])
         routing = Routing(ids, weights)
-        return routing if self._policy is None else self._policy.apply(routing, scores)
+        if self._policy is None:
+            return routing
+        return self._policy.apply(routing, self._scores(scratch, bounds) if self._policy.needs_scores else None)
+
+    def _scores(self, scratch: Tensor, bounds: list[int]) -> Tensor:
+        """[T, E], which come before whatever else the scratch of a part has."""
+        width = scratch.shape[2]
+        parts = [scratch[first:last].view(-1, last - first, width)[0] for first, last in pairwise(bounds)]
+        return torch.cat(parts)[:, : self._num_experts]
 
     def _run(self, x: int, rows: int, scratch: int, ids: int, weights: int) -> None:
         left = x, rows, self.matrix.shape[0], self.matrix.data_ptr()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from consilium import parallel
 from consilium.gate import (
     Routing,
     biased_top_k,
@@ -23,6 +24,7 @@ from consilium.gate import (
 )
 from consilium.gate_rule import GateRule
 from gateway.gate import Gate
+from gateway.gate_policy import GatePolicy
 from tests.unit.model_configs import tiny_config
 
 HIDDEN, EXPERTS = 24, 12
@@ -148,3 +150,25 @@ def test_gshard_asks_the_second_expert_by_chance() -> None:
 def test_equal_scores_go_to_the_lower_id() -> None:
     for rule in (RULES[0], replace(RULES[3], correction=False), RULES[7]):
         assert chosen(route(torch.zeros(1, EXPERTS), None, rule, 2)) == [[0, 1]]
+
+
+class Seen(GatePolicy):
+    """Keeps what it is given."""
+
+    scores: Tensor | None = None
+
+    def apply(self, routing: Routing, scores: Tensor | None) -> Routing:
+        self.scores = scores
+        return routing
+
+
+@pytest.mark.parametrize("rule", [RULES[0], RULES[3]], ids=str)
+def test_a_policy_sees_the_scores_of_all_experts(rule: GateRule) -> None:
+    source: Any = Tensors(rule, 2, 3)
+    policy, x = Seen(source.config, None, 1.5), torch.randn(9, HIDDEN)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(parallel, "count_slices", lambda _: 2)
+        Gate(source, 0, policy).route(x)
+    logits = x @ source.tensors["router"].T
+    assert policy.scores is not None
+    torch.testing.assert_close(policy.scores, logits.sigmoid() if rule.scores == "sigmoid" else logits.softmax(-1))
