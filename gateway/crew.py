@@ -84,8 +84,9 @@ class Crew:
     def follow(self, placement: Placement, workers: Mapping[str, Worker]) -> None:
         """Send frames to these from now on. Who was started anew is judged anew."""
         for address, worker in workers.items():
-            if self._identities.get(address) != worker.identity:
-                self._identities[address] = worker.identity
+            identity = worker.identity  # empty where it has just been lost again
+            if identity and self._identities.get(address) != identity:
+                self._identities[address] = identity
                 self._liars.pop(address, None)
                 self._times.pop(address, None)
                 self.ejections.forget(address)
