@@ -10,7 +10,7 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -51,7 +51,7 @@ class Deployment:
             worker.wait_listening()
         return started
 
-    def start_gateways(self, workers: list[Process], *settings: dict[str, object]) -> list[Process]:
+    def start_gateways(self, workers: list[Process], *settings: Mapping[str, object]) -> list[Process]:
         """One over the same workers for each of the `gateway:` sections."""
         endpoints = [part for each in workers for part in ("--group-endpoint", f"experts={each.address}")]
         started = []

@@ -151,3 +151,13 @@ def test_a_second_worker_that_does_not_answer_is_waited_for_only_so_long(
         worker.wake()
         while mailbox.receive(0):
             pass
+
+
+def test_a_connection_that_is_lost_again_is_no_new_process(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
+    dispatcher, workers = audited(checkpoint, mailbox, 2)
+    workers[0].spoil = lie
+    dispatched(dispatcher, mailbox)
+    for identity in ("", "1"):  # a worker's identity is empty while it is not connected
+        workers[0].identity = identity
+        follow(dispatcher, workers)
+    assert list(dispatcher.crew.out()) == [workers[0].address]
