@@ -14,7 +14,7 @@ from torch import Tensor
 from consilium.frames import Frame
 from gateway.worker import Worker
 
-PATIENCE = 2.0  # seconds that the second answer may take after the frame was sent
+PATIENCE = 10.0  # seconds that the second answer may take after the frame was sent
 
 
 @dataclass(slots=True, eq=False)
