@@ -1,7 +1,6 @@
-"""A worker that takes a fixed time for every frame and none of the processor: many fit on few cores.
+"""A worker that takes a fixed time for every frame, and little of the processor where the model is tiny.
 
-`python -m bench.emulated_worker MILLISECONDS`, then the flags of `consilium expert`. Experts answer with the rows they
-get.
+`python -m bench.emulated_worker MILLISECONDS`, then the flags of `consilium expert`.
 """
 
 from __future__ import annotations
@@ -13,18 +12,22 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bench.echo_worker import Echo
-from consilium.experts import ExpertWeights
+from consilium.checkpoint import ExpertTensors
+from consilium.experts import Arithmetic, ExpertWeights
 from consilium.telemetry import setup_logging
 from expert_service.__main__ import parse_arguments
 from expert_service.server import Worker
 
 
-class Sleeping(Echo):
-    """An arithmetic that only waits."""
+class Sleeping:
+    """An arithmetic that waits before it computes."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, right: Arithmetic, seconds: float) -> None:
+        self._right, self._seconds = right, seconds
+        self.row_dtype, self.reply_dtype, self.numerics_class = right.row_dtype, right.reply_dtype, right.numerics_class
+
+    def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
+        return self._right.prepare(tensors)
 
     def compute(
         self,
@@ -36,7 +39,7 @@ class Sleeping(Echo):
         indices: Tensor | None = None,
     ) -> Tensor:
         time.sleep(self._seconds)
-        return super().compute(experts, offsets, rows, scales, out, indices)
+        return self._right.compute(experts, offsets, rows, scales, out, indices)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv[1:])
     setup_logging("emulated", config.log.level)
     worker = Worker(config)
-    worker.arithmetic = Sleeping(float(argv[0]) / 1e3)
+    worker.arithmetic = Sleeping(worker.arithmetic, float(argv[0]) / 1e3)
     asyncio.run(worker.serve())
     return 0
 

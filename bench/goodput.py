@@ -31,7 +31,7 @@ from bench.report import write
 from bench.serve import run_level, run_open
 from tests.stack import Process, launch, running, wait_ready
 
-MODEL = ("--model", "shape:tiny", "--quantization", "none")
+MODEL = ("--model", "shape:tiny")
 CLOSED = 16  # requests at once that measure the capacity
 
 
