@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.chaos.test_router_faults import NEW_TOKENS, PROMPTS, load
+from tests.chaos.test_router_faults import NEW_TOKENS, PROMPTS, load, undisturbed
 from tests.integration.completions import Completion, await_metric, body_of, complete, metric
 from tests.stack import Process, launch, wait_ready, worker_argv
 from tests.tiny_models import save_mixtral
@@ -98,7 +98,7 @@ def test_hung_killed_again_and_again_and_two_at_once(deployment: Deployment) -> 
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    with load(gateway) as clients:
+    with load(gateway, undisturbed(gateway)) as clients:
         for worker in workers[:2]:
             with stopped(worker):
                 clients.goes_on()
@@ -125,7 +125,7 @@ def test_faulty_workers(deployment: Deployment) -> None:
     unlinked: dict[str, object] = {"audit": 0, "local_links": "false"}
     gateways = deployment.start_gateways([*bad[:1], good], {"audit": 0}, unlinked)
     for gateway in gateways:
-        with load(gateway) as clients:
+        with load(gateway, undisturbed(gateway)) as clients:
             for fault, told in (("late", "worker_late_total"), ("garbage", "worker_failures_total")):
                 files[0].write_text(fault)
                 clients.goes_on()
@@ -133,7 +133,7 @@ def test_faulty_workers(deployment: Deployment) -> None:
                 files[0].unlink()
                 await_metric(gateway.address, "worker_connected", partial(eq, 2))
     (gateway,) = deployment.start_gateways([*bad, good], {"audit": 1})
-    with load(gateway) as clients:
+    with load(gateway, undisturbed(gateway)) as clients:
         for number, fault in enumerate(("nan", "another", "wrong")):
             files[number].write_text(fault)
             clients.goes_on()
@@ -146,9 +146,9 @@ def test_the_last_replica(deployment: Deployment) -> None:
     first, last = deployment.start_workers(*[worker_argv(each) for each in SHARES])
     policies = ("fail", "local", "renormalise", "wait")
     gateways = deployment.start_gateways([first, last], *({"last_replica": policy} for policy in policies))
-    undisturbed = [complete(each.address, PROMPTS[1], NEW_TOKENS) for each in gateways]
+    answers = [complete(each.address, PROMPTS[1], NEW_TOKENS) for each in gateways]
     last.stop(signal.SIGKILL)
-    for policy, gateway, expected in zip(policies, gateways, undisturbed, strict=True):
+    for policy, gateway, expected in zip(policies, gateways, answers, strict=True):
         await_metric(gateway.address, "missing_experts", at_least_one)
         if policy == "wait":
             with ThreadPoolExecutor(1) as pool:
