@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from operator import eq
+from operator import eq, lt
 from pathlib import Path
 
 import httpx
@@ -151,9 +151,10 @@ def test_the_last_replica(deployment: Deployment) -> None:
     for policy, gateway, expected in zip(policies, gateways, answers, strict=True):
         await_metric(gateway.address, "missing_experts", at_least_one)
         if policy == "wait":
+            before = metric(gateway.address, "prompt_tokens_total")
             with ThreadPoolExecutor(1) as pool:
                 answer = pool.submit(ask, gateway, PROMPTS[1])
-                await_metric(gateway.address, "num_requests_running", partial(eq, 1))
+                await_metric(gateway.address, "prompt_tokens_total", partial(lt, before))  # it was taken
                 deployment.start_workers(again(last, SHARES[1]))
                 expected.assert_same(answered(answer.result(), policy))
         elif policy == "fail":
