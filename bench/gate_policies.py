@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print(found: dict[str, dict[str, float]]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for heading in ("perplexity", "experts a token", f"read by {BATCH} tokens", "moved", "over"):
         table.add_column(heading, justify="right")
     for name, each in found.items():

@@ -16,7 +16,9 @@ from consilium.float_experts import tiled_linear
 from consilium.model_config import ClampedSwiGLU
 from consilium.quantization import quantize_rows, quantize_weight
 from consilium.silu import exp
+from expert_service.sources import blank_weights, chunks, read_weights
 from tests.local_workers import reference_row
+from tests.unit.model_configs import tiny_config
 
 HIDDEN, SIZE = 72, 40
 MODES: list[tuple[Quantization, RowDType]] = [
@@ -220,3 +222,17 @@ def test_biases_belong_to_the_content_hash() -> None:
     assert one.biases is not None
     one.biases.down[0] += 1
     assert arithmetic.prepare(one).content_hash() != arithmetic.prepare(other).content_hash()
+
+
+@modes
+def test_weights_with_biases_survive_the_way_to_another_worker(quantization: Quantization, dtype: RowDType) -> None:
+    arithmetic = find_arithmetic(quantization, dtype, HIDDEN, SIZE)
+    sent = arithmetic.prepare(biased_expert(6))
+    activation = ClampedSwiGLU(1.7, 0.8)
+    model = tiny_config(hidden_size=HIDDEN, expert_size=SIZE, expert_bias=True, activation=activation)
+    found = read_weights(blank_weights(arithmetic, model), chunks(sent))
+    assert found is not None
+    assert found.content_hash() == sent.content_hash()
+    rows, scales = inputs(arithmetic, torch.randn(3, HIDDEN))
+    expected = compute_expert(arithmetic, sent, rows, scales)
+    assert torch.equal(compute_expert(arithmetic, found, rows, scales), expected)
