@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from consilium.router_status import summary
-from tests.integration.completions import Completion, body_of, complete
+from tests.integration.completions import Completion, body_of, complete, events
 from tests.integration.test_registration import save_other_weights, settled, states
 from tests.integration.test_router_service import Caller, argv, calling
 from tests.stack import Process, launch, running, wait_ready, worker_argv
@@ -42,23 +42,31 @@ class Load:
     expected: list[Completion]
     answers: int = 0
     errors: list[object] = field(default_factory=list)
-    longest: float = 0.0  # seconds from question to answer
+    told: str = ""  # at the end, in a sentence
+    _stall: float = 0.0  # the longest time without anything new, in seconds
+    _lap: tuple[float, int] = field(default_factory=lambda: (time.monotonic(), 0))  # its begin, and answers until then
     _more: threading.Condition = field(default_factory=threading.Condition)
 
     def ask(self, stopping: threading.Event, turn: int) -> None:
         while not stopping.is_set():
             turn = (turn + 1) % len(PROMPTS)
-            started = time.monotonic()
             try:
-                answer = complete(self.url, PROMPTS[turn], NEW_TOKENS)
+                answer = self._stream(PROMPTS[turn])
                 assert answer.error is None, answer.error
                 answer.assert_same(self.expected[turn])
             except Exception as error:  # told by the test's own thread
                 self.errors.append(error)
             with self._more:
                 self.answers += 1
-                self.longest = max(self.longest, time.monotonic() - started)
                 self._more.notify_all()
+
+    def _stream(self, prompt: list[int]) -> Completion:
+        answer, last = Completion(), time.monotonic()
+        for event in events(self.url, body_of(prompt, NEW_TOKENS, stream=True)):
+            answer.add(event)
+            now = time.monotonic()
+            self._stall, last = max(self._stall, now - last), now
+        return answer
 
     def goes_on(self, answers: int = ENOUGH) -> None:
         """Return after so many more answers, all of them right."""
@@ -66,6 +74,14 @@ class Load:
             wanted = self.answers + answers
             assert self._more.wait_for(lambda: self.answers >= wanted, 60)
         assert not self.errors, self.errors
+
+    def lap(self) -> str:
+        """What clients got since the last one, or the begin."""
+        begun, answers = self._lap
+        self._lap, stall = (time.monotonic(), self.answers), self._stall
+        self._stall = 0.0
+        rate = (self.answers - answers) / (self._lap[0] - begun)
+        return f"{rate:.1f} answers/s, longest stall {stall * 1e3:.0f} ms"
 
 
 def undisturbed(gateway: Process) -> list[Completion]:
@@ -80,15 +96,16 @@ def load(gateway: Process, expected: list[Completion]) -> Iterator[Load]:
         thread.start()
     try:
         clients.goes_on()
+        calm = clients.lap()
         yield clients
         clients.goes_on()
+        disturbed = clients.lap()
     finally:
         stopping.set()
         for thread in threads:
             thread.join(60)
-    print(
-        f"{clients.answers} answers, {len(clients.errors)} failed or changed, the longest took {clients.longest:.2f} s"
-    )
+    clients.told = f"{clients.answers} answers, {len(clients.errors)} failed or changed; {disturbed}; before it {calm}"
+    print(clients.told)
     assert not clients.errors, clients.errors
 
 

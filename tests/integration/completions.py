@@ -61,8 +61,11 @@ def complete(url: str, prompt: list[int], max_tokens: int, *, stream: bool = Fal
 
 
 def events(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The events of a stream as they come, without the last, [DONE]."""
+    """The events of a stream as they come, without the last, [DONE]; or the one answer that refuses it."""
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=DEADLINE_SECONDS) as response:
+        if response.is_error:
+            yield json.loads(response.read())
+            return
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 yield json.loads(line.removeprefix("data: "))

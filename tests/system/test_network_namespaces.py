@@ -1,13 +1,11 @@
 """A worker in a network namespace of its own, as in a container: what it shares with the gateway's decides the way.
 
-Needs root, and `ip` of iproute2. Abstract sockets are seen in their own namespace alone; a folder is seen where it is
+Needs root, and iproute2. Abstract sockets are seen in their own namespace alone; a folder is seen where it is
 mounted.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,32 +15,16 @@ import pytest
 
 from tests.integration.completions import complete
 from tests.stack import Process, running, wait_ready, worker_argv
+from tests.system.namespace import Namespace, joined
 from tests.tiny_models import save_mixtral
 
-NAME = f"consilium-{os.getpid() % 10**6}"
-OURS, THEIRS = "10.213.77.1", "10.213.77.2"
 HIDE = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"')  # FOLDER COMMAND...
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def namespace() -> Iterator[tuple[str, ...]]:
-    """The command that runs another one in a namespace whose address is THEIRS."""
-    link, peer = f"{NAME[-8:]}a", f"{NAME[-8:]}b"
-    ip("netns", "add", NAME)
-    try:
-        ip("link", "add", link, "type", "veth", "peer", "name", peer, "netns", NAME)
-        ip("addr", "add", f"{OURS}/30", "dev", link)
-        ip("link", "set", link, "up")
-        ip("-n", NAME, "addr", "add", f"{THEIRS}/30", "dev", peer)
-        ip("-n", NAME, "link", "set", peer, "up")
-        ip("-n", NAME, "link", "set", "lo", "up")
-        yield ("ip", "netns", "exec", NAME)
-    finally:
-        ip("netns", "del", NAME)  # the link goes with it
+def namespace() -> Iterator[Namespace]:
+    with joined() as namespace:
+        yield namespace
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +32,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_mixtral(tmp_path_factory.mktemp("model"))
 
 
-def served(worker: Process, model: Path, token: Path) -> tuple[dict[str, Any], list[int], str]:
+def served(worker: Process, host: str, model: Path, token: Path) -> tuple[dict[str, Any], list[int], str]:
     """What a gateway outside says of the worker, the tokens it answers with, and its log."""
-    endpoint = worker.address.replace("0.0.0.0", THEIRS)
+    endpoint = worker.address.replace("0.0.0.0", host)
     argv = ["gateway", "--model", str(model), "--port", "0", "--threads", "1", "--token-file", str(token)]
     with running([*argv, "--group-endpoint", f"experts={endpoint}"]) as gateway:
         wait_ready(gateway)
@@ -62,7 +44,7 @@ def served(worker: Process, model: Path, token: Path) -> tuple[dict[str, Any], l
 
 
 def test_the_folder_is_the_way_where_it_is_shared_and_grpc_elsewhere(
-    namespace: tuple[str, ...], model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    namespace: Namespace, model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("s")  # a socket's path has room for 107 bytes
     config = tmp_path / "consilium.yaml"
@@ -70,10 +52,10 @@ def test_the_folder_is_the_way_where_it_is_shared_and_grpc_elsewhere(
     token.write_text("the-word-of-a-gateway")
     config.write_text(f"worker: {{socket_folder: {folder}}}\ntokens: {{gateway_file: {token}}}\n")
     argv = worker_argv("all", "--model", str(model), "--host", "0.0.0.0", "--config", str(config))
-    with running(argv, prefix=namespace) as worker:
-        shared, expected, _ = served(worker, model, token)
-    with running(argv, prefix=(*namespace, *HIDE, str(folder))) as worker:
-        hidden, tokens, log = served(worker, model, token)
+    with running(argv, prefix=namespace.inside) as worker:
+        shared, expected, _ = served(worker, namespace.theirs, model, token)
+    with running(argv, prefix=(*namespace.inside, *HIDE, str(folder))) as worker:
+        hidden, tokens, log = served(worker, namespace.theirs, model, token)
     assert (shared["transport"], shared["detail"]) == ("local", "")
     assert hidden["transport"] == "grpc"
     for said in (hidden["detail"], log):
