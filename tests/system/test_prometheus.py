@@ -130,7 +130,8 @@ def test_every_target_is_up(deployment: Deployment) -> None:
         targets = deployment.prometheus.get("targets")["activeTargets"]
         assert not [target["lastError"] for target in targets if target["lastError"]]
         found = [(target["labels"]["job"], target["health"]) for target in targets]
-        return sorted(found) == [(WORKERS, "up")] * len(deployment.stack.workers) + [(GATEWAYS, "up")]
+        wanted = [*[WORKERS] * len(deployment.stack.workers), GATEWAYS, ROUTER]
+        return sorted(found) == sorted((job, "up") for job in wanted)
 
     wait_for(all_up, DATA_SECONDS)
 
