@@ -73,6 +73,34 @@ EXPERTS = [
                 ],
             ),
             Panel(
+                "Late frames and hedges",
+                "Frames that another worker answered first, and frames that a worker got because another was late.",
+                [
+                    Query(total("consilium_worker_late_total", GROUP, "group, worker"), "late {{worker}}"),
+                    Query(total("consilium_worker_hedges_total", GROUP, "group, worker"), "hedged {{worker}}"),
+                ],
+            ),
+            Panel(
+                "Audits and lies",
+                "Frames computed only to be compared, and frames found wrong. Whoever lied gets nothing until it is "
+                "started anew.",
+                [
+                    Query(total("consilium_worker_audits_total", GROUP, "group, worker"), "audited {{worker}}"),
+                    Query(total("consilium_worker_lies_total", GROUP, "group, worker"), "lied {{worker}}"),
+                ],
+            ),
+            Panel(
+                "Ejected workers",
+                "Gateways that leave a worker alone for its failures or its lies, and the ejections for failures since "
+                "they started.",
+                [
+                    Query(f"sum by (group, worker) (consilium_worker_ejected{{{GROUP}}})", "left alone {{worker}}"),
+                    Query(
+                        f"sum by (group, worker) (consilium_worker_ejections_total{{{GROUP}}})", "ejections {{worker}}"
+                    ),
+                ],
+            ),
+            Panel(
                 "Bytes a second",
                 "Frames sent to workers, and their replies.",
                 [

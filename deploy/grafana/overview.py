@@ -37,6 +37,18 @@ OVERVIEW = [
                 warn=10,
             ),
             stat(
+                "Workers left alone",
+                "For their failures or wrong numbers: connected, and asked for nothing that others hold.",
+                f"sum(max by (group, worker) (consilium_worker_ejected{{{MODEL}}}))",
+                warn=1,
+            ),
+            stat(
+                "Wrong frames",
+                "Frames of the last hour that an audit found wrong. Which worker it was is on the experts dashboard.",
+                f"sum(increase(consilium_worker_lies_total{{{MODEL}}}[1h]))",
+                warn=0.5,
+            ),
+            stat(
                 "Load of the busiest worker",
                 "Against the even share: 1 is balanced.",
                 f"max(consilium:worker_load:ratio1m{{{MODEL}}})",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-COLUMNS, STAT_HEIGHT, GRAPH_HEIGHT = 24, 4, 8
+COLUMNS, STAT_WIDTH, STAT_HEIGHT, GRAPH_HEIGHT = 24, 3, 4, 8
 SCHEMA_VERSION = 39
 LINK = {
     "type": "dashboards",
@@ -77,7 +77,7 @@ def quantiles(histogram: str, selector: str, *wanted: float, by: str = "") -> li
 
 
 def stat(title: str, about: str, expr: str, unit: str = "short", warn: float | None = None, legend: str = "") -> Panel:
-    return Panel(title, about, [Query(expr, legend)], unit, kind="stat", width=4, warn=warn)
+    return Panel(title, about, [Query(expr, legend)], unit, kind="stat", width=STAT_WIDTH, warn=warn)
 
 
 def build_panel(panel: Panel, number: int, x: int, y: int) -> Json:
@@ -109,7 +109,7 @@ def build_panel(panel: Panel, number: int, x: int, y: int) -> Json:
 
 
 def _height(panel: Panel) -> int:
-    return STAT_HEIGHT if panel.kind == "stat" and panel.width == 4 else GRAPH_HEIGHT
+    return STAT_HEIGHT if panel.kind == "stat" and panel.width == STAT_WIDTH else GRAPH_HEIGHT
 
 
 def _options(panel: Panel) -> Json:

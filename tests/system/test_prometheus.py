@@ -28,7 +28,7 @@ GATEWAYS, ROUTER, WORKERS = "consilium-gateway", "consilium-router", "consilium-
 # A rate needs two samples, a quantile some traffic between them, a rule's rate the result of another rule.
 DATA_SECONDS = 45.0
 VARIABLES = {"$__rate_interval": "15s", "$model": ".+", "$group": ".+"}
-ALERTS = 6
+ALERTS = 7
 
 
 @dataclass(frozen=True)
