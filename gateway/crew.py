@@ -22,7 +22,7 @@ from consilium.frames import Frame
 from gateway.audit import Audit
 from gateway.batches import ExpertBatches
 from gateway.ejection import Ejections
-from gateway.fleet import Fleet, frame_size
+from gateway.fleet import NOBODY, Fleet, frame_size
 from gateway.hedging import HedgeBudget, RetryBudget, RowTimes
 from gateway.local_experts import LocalExperts
 from gateway.mailbox import Completion
@@ -70,6 +70,7 @@ class Crew:
         self.on_change: Callable[[], None] = lambda: None  # told when who is sent frames changes
         self.on_liar: Callable[[], None] = lambda: None  # told when numbers have been found to be wrong
         self._told = self.placement  # with those who lied
+        self._stated = NOBODY
         self._liars: dict[str, str] = {}  # identities by address
         self._times: dict[str, RowTimes] = {}
         self._unattended: list[Attempt] = []  # that nobody waits for any more
@@ -81,8 +82,8 @@ class Crew:
 
     # -- who there is --------------------------------------------------------------------------------------------
 
-    def follow(self, placement: Placement, workers: Mapping[str, Worker]) -> None:
-        """Send frames to these from now on. Who was started anew is judged anew."""
+    def follow(self, placement: Placement, workers: Mapping[str, Worker], stated: Mapping[str, float] = NOBODY) -> None:
+        """Send frames to these from now on. Who was started anew is judged anew; ``stated`` as Fleet.arrange has it."""
         for address, worker in workers.items():
             identity = worker.identity  # empty where it has just been lost again
             if identity and self._identities.get(address) != identity:
@@ -90,7 +91,7 @@ class Crew:
                 self._liars.pop(address, None)
                 self._times.pop(address, None)
                 self.ejections.forget(address)
-        self._told, self.workers = placement, workers
+        self._told, self.workers, self._stated = placement, workers, stated
         self._arrange()
 
     def out(self) -> dict[str, str]:
@@ -299,7 +300,7 @@ class Crew:
     def _arrange(self) -> None:
         """Without those who lied, and with whoever is in doubt as the last resort."""
         self.placement = self._told.without(self._liars) if self._liars else self._told
-        self.fleet.arrange(self.placement.addresses)
+        self.fleet.arrange(self.placement.addresses, self._stated)
         for address in {*self.ejections.out, *(each.worker.address for each in self._unattended)}:
             self._stand(address)
         changed, self.changed = self.changed, Completion(inf, lambda: None)

@@ -10,6 +10,7 @@ from consilium.config import GatewayConfig
 from gateway.batches import ExpertBatches, ExpertOutputs
 from gateway.crew import Crew
 from gateway.expert_meter import ExpertMeter
+from gateway.fleet import NOBODY
 from gateway.layer_call import LayerCall
 from gateway.local_experts import LocalExperts
 from gateway.messages import WorkerStats
@@ -39,9 +40,9 @@ class Dispatcher:
         """By address."""
         return self.crew.workers
 
-    def follow(self, placement: Placement, workers: Mapping[str, Worker]) -> None:
-        """Send frames to these workers from now on."""
-        self.crew.follow(placement, workers)
+    def follow(self, placement: Placement, workers: Mapping[str, Worker], stated: Mapping[str, float] = NOBODY) -> None:
+        """Send frames to these workers from now on; ``stated`` is µs of a row, until that is measured."""
+        self.crew.follow(placement, workers, stated)
 
     async def dispatch(self, layer: int, batches: ExpertBatches) -> tuple[ExpertOutputs, dict[int, Exception]]:
         """The output rows of ``batches.slots``, until they are released, and why rows (by index) have none.

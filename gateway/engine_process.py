@@ -123,7 +123,7 @@ class EngineProcess:
             case Abort(id=sequence_id):
                 self._engine.abort(sequence_id)
             case View():
-                self._dispatcher.follow(event.placement, event.workers)
+                self._dispatcher.follow(event.placement, event.workers, event.stated)
                 if self._known_experts.differ(event.placement, event.identities):
                     log.info("other weights or another arithmetic than before: the prefix cache begins anew")
                     self._engine.scheduler.forget_prefixes()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from gateway.fleet import frame_size
+
 Expert = tuple[int, int]  # layer, expert
 
 
@@ -20,6 +22,11 @@ class PlacedWorker:
     experts: Mapping[Expert, bytes]
     row_ns: int = 0  # to compute one row of one expert; 0 where that is not known
     read_ns: int = 0  # beside that, for every expert that a frame asks for
+
+    @property
+    def row_us(self) -> float:
+        """µs that one row of :func:`gateway.fleet.frame_size` takes it, in a frame with one row of an expert."""
+        return (self.row_ns + self.read_ns) / 1e3 / frame_size(1, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ Letters: W workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ EXPERT_COST = 8
 FRAME_COST = 50.0
 WEIGHT = 0.1  # of the newest frame in a worker's mean
 
+NOBODY: Mapping[str, float] = MappingProxyType({})
 COSTS = np.array([EXPERT_COST, FRAME_COST])
 
 
@@ -26,15 +28,20 @@ class Fleet:
         self.index: dict[str, int] = {}
         self.work = np.zeros(0)  # [W] rows in flight, reading of experts included
         self._speed = np.zeros(0)  # [W] µs for each of them, as measured; 0 where nothing was
+        self._stated = np.zeros(0)  # [W] the same, as the router knows it; 0 where it does not
         self.unit = np.ones(0)  # [W] the same, and a guess where nothing was measured
         self.standing = np.zeros(0, np.int8)  # [W] as consilium.kernels.routing.assign has it
 
-    def arrange(self, addresses: Iterable[str]) -> None:
-        """Have these workers from now on; what is known of those that stay is kept."""
+    def arrange(self, addresses: Iterable[str], stated: Mapping[str, float] = NOBODY) -> None:
+        """Have these workers from now on; what is known of those that stay is kept.
+
+        ``stated`` is how many µs a row takes them by what the router knows.
+        """
         before, work, speed = self.index, self.work, self._speed
         self.index = {address: place for place, address in enumerate(addresses)}
         self.work, self._speed = np.zeros(len(self.index)), np.zeros(len(self.index))
         self.standing = np.zeros(len(self.index), np.int8)
+        self._stated = np.array([stated.get(address, 0.0) for address in self.index])
         for address, place in self.index.items():
             if address in before:
                 self.work[place], self._speed[place] = work[before[address]], speed[before[address]]
@@ -72,9 +79,15 @@ class Fleet:
                 self._guess()
 
     def _guess(self) -> None:
-        """Workers of which nothing is known count as fast as the fastest: so they are tried."""
-        known = self._speed[self._speed > 0]
-        self.unit = np.where(self._speed > 0, self._speed, known.min() if known.size else 1.0)
+        """Workers that were not measured are as fast against the others as the router says.
+
+        Those of which it knows nothing count as fast as the fastest: so they are tried.
+        """
+        known, both = self._speed[self._speed > 0], (self._speed > 0) & (self._stated > 0)
+        factor = (self._speed[both] / self._stated[both]).min() if both.any() else 1.0
+        fastest = known.min() if known.size else 1.0
+        guess = np.where(self._stated > 0, factor * self._stated, fastest)
+        self.unit = np.where(self._speed > 0, self._speed, guess)
 
 
 def frame_size(experts: int, rows: int) -> int:

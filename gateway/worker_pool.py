@@ -34,6 +34,7 @@ class View:
     workers: Mapping[str, WorkerConnection]  # those that may be sent frames, by address
     statuses: list[WorkerStatus]
     identities: Mapping[tuple[int, int], ExpertIdentity]  # of the experts that all their holders compute alike
+    stated: Mapping[str, float]  # by address: µs of a row as the router knows it; 0 where it does not
 
 
 class WorkerPool:
@@ -167,7 +168,9 @@ class WorkerPool:
         identities = {
             expert: ExpertIdentity(hashes[expert], *found) for expert, found in classes.items() if len(found) == 1
         }
-        self._mailbox.post(View(build_placement(held), usable, statuses + list(self._unresolved.values()), identities))
+        stated = {address: each.row_us for address, each in self._epochs.workers.items()}
+        statuses += self._unresolved.values()
+        self._mailbox.post(View(build_placement(held), usable, statuses, identities, stated))
         self._acknowledge(usable)
 
     def _acknowledge(self, usable: Collection[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.epochs import PlacedWorker
 from gateway.fleet import FRAME_COST, Fleet, frame_size
 from gateway.placement import (
     ExpertIdentity,
@@ -140,6 +141,19 @@ def test_whoever_has_much_to_do_or_is_slow_gets_less() -> None:
     assert case.fleet.unit.tolist() == [50, 50]  # what is known stays; a new one counts as fast as the fastest
     case.fleet.sent("a", 10)  # gone, with frames in flight
     case.fleet.ended("a", 10, 10)
+
+
+def test_a_worker_that_was_not_measured_is_as_fast_as_the_router_says_against_the_others() -> None:
+    case = Case({0: 1}, {0: ("a", "b"), 1: ("c",)})
+    stated = {"a": PlacedWorker("g", {}, 1000, 80_000).row_us, "b": PlacedWorker("g", {}, 4000, 320_000).row_us}
+    assert stated == {"a": 9.0, "b": 36.0}  # an expert and a row of it are nine
+    case.fleet.arrange("abc", stated)
+    assert case.fleet.unit.tolist() == [9, 36, 1]
+    learn(case.fleet, a=18)
+    assert case.fleet.unit.tolist() == [18, 72, 18]  # of c nobody knows anything
+    assert {next(iter(case.assign(turn)[0])) for turn in range(4)} == {"a"}
+    learn(case.fleet, b=5)
+    assert case.fleet.unit.tolist()[:2] == [18, 5]
 
 
 def test_a_worker_in_doubt_is_asked_only_where_nobody_else_can_be() -> None:
