@@ -36,6 +36,7 @@ exact: $(READY)
 chaos: $(READY)
 	@ROUTER_KILLS=$(or $(KILLS),100) WORKER_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -s tests/chaos/test_router_faults.py tests/chaos/test_worker_faults.py $(PYTEST)
 	@$(BIN)/python -m bench.goodput
+	@$(BIN)/python -m bench.joining
 
 test-system: $(READY)
 	@scripts/system-setup.sh
