@@ -10,10 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from consilium.errors import CheckpointError
 from consilium.model_folder import read_json
+from consilium.tensor_index import INDEX_FILE, SINGLE_FILE, check_index
 from consilium.tensor_source import TensorSlice
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -68,7 +67,7 @@ class TensorFiles:
         """The file that holds each tensor."""
         folder = self._folder
         if (folder / INDEX_FILE).is_file():
-            return _check_index(folder / INDEX_FILE, read_json(folder / INDEX_FILE).get("weight_map"))
+            return check_index(folder / INDEX_FILE, read_json(folder / INDEX_FILE).get("weight_map"))
         if (folder / SINGLE_FILE).is_file():
             return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
         pickles = sorted(file.name for pattern in PICKLE_PATTERNS for file in folder.glob(pattern))
@@ -78,13 +77,3 @@ class TensorFiles:
                 f"refused; convert it to safetensors, or use the model's revision with {SINGLE_FILE}"
             )
         raise CheckpointError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
-
-
-def _check_index(file: Path, weight_map: object) -> Mapping[str, str]:
-    """The index's mapping, once it is seen to name only safetensors files of its own folder."""
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{file}: weight_map must map tensor names to files")
-    for shard in set(map(str, weight_map.values())):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: weight_map names {shard!r}, which is no .safetensors file of this folder")
-    return {name: str(shard) for name, shard in weight_map.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from consilium.cli import config as config_commands
+from consilium.cli import inspect as inspect_command
 from consilium.cli import model as model_commands
 from consilium.cli import quantize as quantize_command
 from consilium.cli import services
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     status_command.add_parser(commands)
     token_command.add_parser(commands)
     _add_model(commands)
+    inspect_command.add_parser(commands)
     quantize_command.add_parser(commands)
     _add_config(commands)
     version = commands.add_parser("version", help="print the versions of Consilium, Python and torch")

@@ -15,7 +15,8 @@ from consilium.checkpoint import Checkpoint
 from consilium.errors import CheckpointError, ConfigError
 from consilium.families import require_offline
 from consilium.prune.choose import Expert, choose_kept, merge, nearest_kept
-from consilium.tensor_files import INDEX_FILE, PICKLE_PATTERNS
+from consilium.tensor_files import PICKLE_PATTERNS
+from consilium.tensor_index import INDEX_FILE
 
 NOT_COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json", "provenance.json", ".*", *PICKLE_PATTERNS)
 _EXPERT_KEYS = ("num_local_experts", "num_experts")

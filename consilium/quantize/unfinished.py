@@ -20,7 +20,7 @@ from consilium.compressed_tensors import hash_key
 from consilium.errors import ConfigError
 from consilium.model_folder import UNFINISHED
 from consilium.quantize.layer_tensors import Shard
-from consilium.tensor_files import INDEX_FILE
+from consilium.tensor_index import INDEX_FILE
 
 _HIDDEN = "quantize.hidden-{done}.safetensors"
 

@@ -18,7 +18,7 @@ from consilium.content_hash import content_hash
 from consilium.errors import ConfigError
 from consilium.shapes.folder import ShapeFolder
 from consilium.shapes.tensors import RandomTensors, tensor_specs
-from consilium.tensor_files import INDEX_FILE
+from consilium.tensor_index import INDEX_FILE
 
 
 def write_shape(folder: ShapeFolder, out: Path, console: Console | None = None) -> None:
