@@ -2,7 +2,7 @@
 
 Files are mapped into memory, so reading a tensor reads its own bytes and no others; that also holds for one expert
 out of a tensor that fuses all experts of a layer. Tensors are views of the mapped file: processes share its pages.
-A shape (consilium.shapes) makes a tensor when it is asked for.
+A shape (consilium.shapes) makes a tensor when it is asked for, and other formats (consilium.formats) are decoded then.
 Letters: D hidden size, E experts, F expert FFN size, N output channels, K what is summed over.
 """
 
@@ -20,6 +20,7 @@ from consilium.compressed_tensors import hash_key, scale_name
 from consilium.content_hash import HASH_BYTES
 from consilium.errors import CheckpointError
 from consilium.families import ExpertLayout
+from consilium.formats.source import DecodedTensors
 from consilium.model_config import ClampedSwiGLU
 from consilium.model_folder import ModelFolder, read_model_folder
 from consilium.quantization import MAX_SUMMED, Quantized
@@ -76,7 +77,7 @@ class Checkpoint:
         self.raw = model.raw
         self.config = model.config
         self.names = model.family.names
-        self.int8 = model.int8
+        self.scheme, self.int8 = model.scheme, model.int8
         self.fingerprint = model.fingerprint
         self._source = _source(folder, model)
 
@@ -211,4 +212,5 @@ class Checkpoint:
 def _source(folder: Path | ShapeFolder, model: ModelFolder) -> TensorSource:
     if isinstance(folder, ShapeFolder):
         return RandomTensors(folder.recipe, model.config, model.family.names)
-    return TensorFiles(folder)
+    files = TensorFiles(folder)
+    return files if model.scheme is None or model.int8 else DecodedTensors(files, model.scheme)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from consilium.compressed_tensors import check_quantization_config
 from consilium.errors import CheckpointError
 from consilium.families import Family, find_family, parse_config
+from consilium.formats.scheme import Scheme, find_scheme
 from consilium.model_config import ModelConfig
 from consilium.shapes.folder import ShapeFile, ShapeFolder
 
@@ -26,8 +26,13 @@ class ModelFolder:
     raw: dict[str, Any]
     config: ModelConfig
     family: Family
-    int8: bool  # whether its matrices are int8 on disk (consilium.compressed_tensors)
+    scheme: Scheme | None  # how its matrices are stored; None: as floats
     fingerprint: str  # hex SHA-256 over the canonical form of config.json: equal for equal content, however written
+
+    @property
+    def int8(self) -> bool:
+        """Whether its matrices are the int8 that we compute with (consilium.compressed_tensors)."""
+        return self.scheme is not None and self.scheme.kind == "int8"
 
 
 def read_model_folder(path: Path | ShapeFolder) -> ModelFolder:
@@ -38,14 +43,13 @@ def read_model_folder(path: Path | ShapeFolder) -> ModelFolder:
     refuse_unfinished(path)
     raw = read_json(path / "config.json")
     stated = raw.get("quantization_config")
-    if stated:
-        check_quantization_config(str(path / "config.json"), stated)
+    scheme = find_scheme(str(path / "config.json"), stated) if stated else None
     config = parse_config(raw)
     if (path / "generation_config.json").is_file():
         eos = read_json(path / "generation_config.json").get("eos_token_id")
         if eos is not None:  # it wins: chat models often add their end-of-turn token only here
             config = replace(config, eos_token_ids=_token_ids(path / "generation_config.json", eos))
-    return ModelFolder(path, raw, config, find_family(raw), bool(stated), _fingerprint(raw))
+    return ModelFolder(path, raw, config, find_family(raw), scheme, _fingerprint(raw))
 
 
 def refuse_unfinished(folder: Path | ShapeFolder) -> None:

@@ -1,6 +1,6 @@
 """gpt-oss (OpenAI 2025): attention sinks, every other layer slides, biases everywhere, a clamped activation.
 
-As floats; the published MXFP4 of the experts is not read here.
+The published experts are in MXFP4 (consilium.formats).
 """
 
 from __future__ import annotations

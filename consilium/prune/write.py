@@ -36,8 +36,8 @@ def prune(checkpoint: Checkpoint, out: Path, pruning: Pruning, advance: Callable
 
     Raises ConfigError and CheckpointError. A folder that is not finished has no config.json.
     """
-    if checkpoint.int8 or not isinstance(checkpoint.folder, Path):
-        raise CheckpointError(f"{checkpoint.folder} is int8; prune the float model, then run: consilium quantize")
+    if checkpoint.scheme is not None or not isinstance(checkpoint.folder, Path):
+        raise CheckpointError(f"{checkpoint.folder} is quantized; prune the float model, then run: consilium quantize")
     require_offline(checkpoint.config, "consilium prune")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty; give another folder")

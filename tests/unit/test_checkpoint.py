@@ -182,7 +182,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
         (write("config.json", "{"), r"config\.json is not valid JSON"),
         (write("config.json", "[]"), r"config\.json must hold a JSON object"),
         (write("generation_config.json", '{"eos_token_id": "no"}'), r"generation_config\.json: eos_token_id"),
-        (set_config(quantization_config={"quant_method": "gptq"}), r"config\.json: .*'gptq'.* not supported"),
+        (set_config(quantization_config={"quant_method": "hqq"}), r"config\.json: .*'hqq'.* not supported"),
         (set_config(quantization_config=[8]), r"config\.json: .*\[8\].* not supported"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
         (only_pickle, r"pickle \(pytorch_model\.bin\).*refused"),

@@ -171,7 +171,8 @@ def test_bad_int8_tensors_are_named(folder: Path, change: Callable[[dict[str, Te
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("format", "float-quantized", "quantization_config.format is 'float-quantized', expected 'int-quantized'"),
+        ("format", "nvfp4-pack-quantized", "format is 'nvfp4-pack-quantized', expected 'int-quantized'"),
+        ("format", "float-quantized", "quantization_config.weights.type is 'int', expected 'float'"),
         ("format", None, "quantization_config.format is None"),
         ("quantization_status", "frozen", "quantization_status is 'frozen', expected 'compressed' or nothing"),
         ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme is"),
