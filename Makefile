@@ -34,7 +34,7 @@ exact: $(READY)
 	@EXACT_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest tests/unit/test_exactness.py --hypothesis-show-statistics $(PYTEST)
 
 chaos: $(READY)
-	@ROUTER_KILLS=$(or $(KILLS),100) WORKER_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -s tests/chaos/test_router_faults.py tests/chaos/test_worker_faults.py $(PYTEST)
+	@ROUTER_ABSENCE=60 ROUTER_KILLS=$(or $(KILLS),100) WORKER_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -s tests/chaos/test_router_faults.py tests/chaos/test_worker_faults.py $(PYTEST)
 	@$(BIN)/python -m bench.goodput
 	@$(BIN)/python -m bench.joining
 

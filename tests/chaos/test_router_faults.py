@@ -30,6 +30,7 @@ from tests.valkey import valkey
 PROMPTS = [[(7 * i + 13 * n) % 380 + 2 for i in range(length)] for n, length in enumerate((3, 40, 17))]
 NEW_TOKENS = 24
 KILLS = int(os.environ.get("ROUTER_KILLS", "3"))  # more of them in a long run
+ABSENCE = float(os.environ.get("ROUTER_ABSENCE", "0"))  # seconds without a router, at least
 SETTINGS = {"CONSILIUM_ROUTER__LEASE": "2s", "CONSILIUM_ROUTER__GATEWAY_LEASE": "3s"}
 ENOUGH = 6  # answers that say the load goes on
 
@@ -202,7 +203,10 @@ def test_without_redis_and_without_a_router(deployment: Deployment) -> None:
         clients.goes_on()
         deployment.settle(2)
         deployment.router.stop(signal.SIGKILL)
+        gone = time.monotonic()
         clients.goes_on()
+        while time.monotonic() < gone + ABSENCE:
+            clients.goes_on()
         deployment.start_router(2)  # and from now on every expert has two copies
         deployment.workers += deployment.add_workers(1)
         deployment.settle(3)

@@ -25,7 +25,7 @@ from tests.integration.completions import Completion, await_metric, body_of, com
 from tests.stack import Process, launch, wait_ready, worker_argv
 from tests.tiny_models import save_mixtral
 
-KILLS = int(os.environ.get("WORKER_KILLS", "4"))
+KILLS = int(os.environ.get("WORKER_KILLS", "10"))
 ALL = "all"
 SHARES = ("0,1,2", "3")  # every token has an expert of the first
 
