@@ -178,14 +178,14 @@ def _metric(deployment: Deployment, start: str) -> float:
     return sum(values)
 
 
-def test_prometheus_scrapes_the_gateway_and_every_replica(deployment: Deployment) -> None:
+def test_prometheus_scrapes_gateway_router_and_every_replica(deployment: Deployment) -> None:
     command = ("promtool", "query", "instant", "http://127.0.0.1:9090", "up == 1")
 
     def scraped() -> list[str]:
         found = re.findall(r'job="consilium-(\w+)"', deployment.execute("prometheus", *command))
-        return sorted(found) if len(found) == 5 else []
+        return sorted(found) if len(found) == 6 else []
 
-    assert wait_for(scraped, 60) == ["experts"] * 4 + ["gateway"]
+    assert wait_for(scraped, 60) == ["experts"] * 4 + ["gateway", "router"]
 
 
 def test_a_killed_replica_is_survived(deployment: Deployment, expected: dict[str, Answer]) -> None:
