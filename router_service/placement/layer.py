@@ -139,6 +139,8 @@ class Layer:
 
 def _water_fill(level: list[float], cost: list[float]) -> list[float]:
     """Parts x, which sum to 1, with max(level + x * cost) as low as it can be. Plain floats: there are few."""
+    if not all(cost):  # nobody asks for the expert
+        return [1 / len(cost)] * len(cost)
     height, volume, width = 0.0, 1.0, 0.0
     for place in sorted(range(len(level)), key=level.__getitem__):
         if width and height <= level[place]:

@@ -48,6 +48,14 @@ def in_use(plan: Plan) -> Counter[str]:
     return Counter(name for names in plan.holders.values() for name in names)
 
 
+def test_an_expert_with_copies_that_nobody_asks_for_makes_nobody_busy() -> None:
+    specs = [WorkerSpec(name, capacity=2, row_seconds=1e-6, read_seconds=1e-6) for name in ("a", "b")]
+    demand = Demand((0,), np.array([[0.0, 8.0]]), np.array([[0.0, 2.0]]))
+    busy, mean = levels(specs, {(0, 0): ("a", "b"), (0, 1): ("a", "b")}, demand)
+    assert busy.tolist() == [pytest.approx([5e-6, 5e-6])]
+    assert mean.tolist() == pytest.approx([5e-6])
+
+
 @given(situations())
 @settings(max_examples=150, deadline=None)
 def test_what_holds_for_every_plan(situation: tuple[list[WorkerSpec], Holders, Demand, Policy]) -> None:
