@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -30,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.figures import distribution
-from bench.machine import ROOT, describe
+from bench.machine import ROOT, cpu_seconds, describe
 from bench.namespaces import FAR, FAR_IP, NEAR, NEAR_IP, bare_seconds, inside, namespaces
 from bench.report import RESULTS, write
 from consilium.checkpoint import Checkpoint
@@ -39,7 +38,6 @@ from gateway.stage_clock import LAYER_STAGES
 from tests.stack import Process, running, split_experts, worker_argv
 
 READY_SECONDS = 120.0
-TICKS = os.sysconf("SC_CLK_TCK")
 BARE_ROUNDS = 200
 FETCH = "import sys, urllib.request as web; sys.stdout.write(web.urlopen(sys.argv[1]).read().decode())"
 
@@ -53,8 +51,8 @@ class Running:
 
     def cpu_seconds(self, link: int) -> dict[str, float]:
         """What each side has used so far."""
-        workers = sum(_cpu_seconds(worker.pid) for worker in self.workers)
-        return {"gateway": _cpu_seconds(self.gateway.pid), "workers": workers, "link": _cpu_seconds(link)}
+        workers = sum(cpu_seconds(worker.pid) for worker in self.workers)
+        return {"gateway": cpu_seconds(self.gateway.pid), "workers": workers, "link": cpu_seconds(link)}
 
     def metrics(self) -> dict[str, float]:
         """The sums of the gateway's counters, by name and by stage."""
@@ -66,13 +64,6 @@ class Running:
                 name = sample.labels.get("stage", sample.name)
                 found[name] = found.get(name, 0.0) + sample.value
         return found
-
-
-def _cpu_seconds(pid: int) -> float:
-    """In user code and in the system, of a process and its children."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return (int(fields[11]) + int(fields[12])) / TICKS + sum(_cpu_seconds(int(child)) for child in children)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ combine; its gate chooses among the experts of random rows.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,14 +32,13 @@ from bench.layer_stack import (
     random_layer,
     random_routing,
 )
-from bench.machine import describe
+from bench.machine import cpu_seconds, describe
 from bench.report import write
 from consilium.gate import Routing
 from gateway.batches import combine, group_by_expert
 from gateway.stage_clock import LAYER_STAGES
 from tests.stack import Process
 
-TICKS = os.sysconf("SC_CLK_TCK")
 TRACED = LAYER_STAGES[1:]  # without attention
 INPUTS = 16  # different batches of random rows, used in turn
 
@@ -130,11 +128,7 @@ def measure(model: Path, shape: LayerShape, workers: int, options: argparse.Name
 
 def _cpu_seconds(processes: Sequence[Process]) -> float:
     """What this process and the workers have used so far."""
-    total = time.process_time()
-    for process in processes:
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / TICKS  # in user code and in the system
-    return total
+    return time.process_time() + sum(cpu_seconds(process.pid) for process in processes)
 
 
 def _times(each: dict[str, float]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+TICKS = os.sysconf("SC_CLK_TCK")
 PACKAGES = ("torch", "grpcio", "numpy", "fastapi", "uvicorn", "httpx")
 
 
@@ -29,6 +30,13 @@ def describe() -> dict[str, Any]:
         "revision": _git("rev-parse", "HEAD"),
         "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),
     }
+
+
+def cpu_seconds(pid: int) -> float:
+    """In user code and in the system, of a process and its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return (int(fields[11]) + int(fields[12])) / TICKS + sum(cpu_seconds(int(child)) for child in children)
 
 
 def _first(pattern: str, file: Path) -> str | None:

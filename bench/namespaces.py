@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from bench.sockets import receive
+
 NEAR, FAR = (f"consilium-{os.getpid()}-{side}" for side in ("near", "far"))
 NEAR_IP, FAR_IP = "10.213.78.1", "10.213.78.2"
 
@@ -80,7 +82,7 @@ def _listen(address: str, out: int, back: int) -> None:
     content, buffer = bytes(back), memoryview(bytearray(out))
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with link:
-        while _receive(link, buffer):
+        while receive(link, buffer):
             link.sendall(content)
 
 
@@ -94,19 +96,8 @@ def _ask(address: str, ports: Sequence[int], out: int, back: int, calls: int) ->
         for link in links:
             link.sendall(content)
         for link in links:
-            _receive(link, buffer)
+            receive(link, buffer)
         print(time.perf_counter() - start)
-
-
-def _receive(link: socket.socket, buffer: memoryview) -> bool:
-    """Fill ``buffer``; False when the other side is gone."""
-    filled = 0
-    while filled < len(buffer):
-        count = link.recv_into(buffer[filled:])
-        if not count:
-            return False
-        filled += count
-    return True
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from bench.figures import distribution
 from bench.layer_stack import LAYER, Gateway, LayerShape, connected, random_layer
 from bench.machine import describe
 from bench.report import write
+from bench.sockets import receive
 from consilium.frames import Frame
 from gateway.worker import Worker
 from tests.stack import running
@@ -80,7 +81,7 @@ def bare(size: int, count: int) -> list[float]:
 
     def call() -> None:
         ours.sendall(content)
-        _receive(ours, buffer)
+        receive(ours, buffer)
 
     with ours:
         found = seconds(call, count)
@@ -90,19 +91,8 @@ def bare(size: int, count: int) -> list[float]:
 
 def _echo(link: socket.socket, size: int) -> None:
     buffer = memoryview(bytearray(size))
-    while _receive(link, buffer):
+    while receive(link, buffer):
         link.sendall(buffer)
-
-
-def _receive(link: socket.socket, buffer: memoryview) -> bool:
-    """Fill ``buffer``; False when the other side is gone."""
-    filled = 0
-    while filled < len(buffer):
-        count = link.recv_into(buffer[filled:])
-        if not count:
-            return False
-        filled += count
-    return True
 
 
 def main() -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from consilium.config import Config, load_config
 from consilium.errors import ConsiliumError
+from consilium.flags import service_parser
 from consilium.telemetry import setup_logging
 from expert_service.server import Worker
 
@@ -51,10 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> Config:
     """The configuration with the command line on top. Raises ConfigError."""
-    parser = argparse.ArgumentParser("consilium expert", description="Serve some experts of a model over gRPC.")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the deployment")
-    for flag, (key, text) in FLAGS.items():
-        parser.add_argument(f"--{flag}", dest=key, help=text)
+    parser = service_parser("consilium expert", "Serve some experts of a model over gRPC.", FLAGS)
     arguments = vars(parser.parse_args(argv))
     return load_config(arguments.pop("config"), overrides=arguments)
 

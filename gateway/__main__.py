@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from consilium.config import Config, load_config
 from consilium.errors import ConfigError, ConsiliumError
+from consilium.flags import service_parser
 from consilium.telemetry import setup_logging
 from gateway.served_model import load_served_model
 from gateway.server import serve
@@ -43,10 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> Config:
     """The configuration with the command line on top. Raises ConfigError."""
-    parser = argparse.ArgumentParser("consilium gateway", description="Serve a model over HTTP, its experts over gRPC.")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of the deployment")
-    for flag, (key, text) in FLAGS.items():
-        parser.add_argument(f"--{flag}", dest=key, help=text)
+    parser = service_parser("consilium gateway", "Serve a model over HTTP, its experts over gRPC.", FLAGS)
     parser.add_argument(
         "--group-endpoint",
         action="append",
