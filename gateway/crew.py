@@ -204,6 +204,8 @@ class Crew:
         """Nobody waits for it any more; its memory is released when it is answered."""
         self._unattended.append(attempt)
         attempt.call.then = partial(self._came_late, attempt)
+        if attempt.call.outcome is not None:  # it came just now
+            self._came_late(attempt, attempt.call.outcome)
 
     def give_up(self) -> None:
         """End what nobody waits for and nobody has answered in time."""

@@ -34,7 +34,7 @@ from gateway.pieces import PIECE_BYTES, in_turn, split
 from gateway.placement import Plan
 from gateway.stage_clock import StageClock
 from gateway.work import Kind, Waits
-from gateway.worker import Reply
+from gateway.worker import Reply, Worker
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +102,9 @@ class LayerCall:
         if self._stranded:
             self._again, self._stranded = self._again + self._stranded, []
             self._excluded.clear()
-        for attempt in [each for each in self._open if each.call.outcome is not None]:
+        while (attempt := next((each for each in self._open if each.call.outcome is not None), None)) is not None:
             self._open.remove(attempt)
-            self._take(attempt)
+            self._take(attempt)  # may end others, too
         self._drop_losers()
         self._act()
 
@@ -211,12 +211,8 @@ class LayerCall:
             error = ConsiliumError(f"a worker refused a frame of this gateway: {error.message}")
         if error.retryable:
             self._excluded[attempt.worker.address] = self._errors[attempt.worker.address] = error
-        audit = attempt.audit
-        if audit is not None:
-            audit.waiting -= 1
-            if audit.answers and not audit.waiting:
-                self._judge(attempt, audit)
-                return
+        if attempt.audit is not None and self._judged_without(attempt, attempt.audit):
+            return
         left = self._uncovered(attempt)
         if error.retryable:
             self._again += left
@@ -275,7 +271,7 @@ class LayerCall:
     def _act(self) -> None:
         """Ask somebody else for what is late."""
         now = time.monotonic()
-        for attempt in [each for each in self._open if each.act_at <= now]:
+        while (attempt := next((each for each in self._open if each.act_at <= now), None)) is not None:
             if attempt.audit is None:
                 self._hedge(attempt, now)
             else:
@@ -343,16 +339,29 @@ class LayerCall:
         for worker in liars:
             self._crew.condemn(worker, audit.frame, audit.asked - {worker.address})
             self._excluded[worker.address] = WireError("answered with wrong numbers")
-            for other in [each for each in self._open if each.worker is worker]:
-                self._open.remove(other)
-                self._crew.leave(other)
-                self._again += self._uncovered(other)
+            self._disbelieve(worker)
         if rows is None:
             audit.release()
             log.error("workers %s differ, and nobody can say who is right", ", ".join(sorted(audit.asked)))
             self._fail(attempt.positions.tolist(), lambda _: ExpertUnavailable("its workers answer differently"))
         else:
             self._place(attempt, rows, audit.release)
+
+    def _disbelieve(self, worker: Worker) -> None:
+        """Have what it is still asked for elsewhere."""
+        while (attempt := next((each for each in self._open if each.worker is worker), None)) is not None:
+            self._open.remove(attempt)
+            self._crew.leave(attempt)
+            if attempt.audit is None or not self._judged_without(attempt, attempt.audit):
+                self._again += self._uncovered(attempt)
+
+    def _judged_without(self, attempt: Attempt, audit: Audit) -> bool:
+        """Whether the other answers of ``audit`` were all that was missing."""
+        audit.waiting -= 1
+        if not audit.answers or audit.waiting:
+            return False
+        self._judge(attempt, audit)
+        return True
 
     def _truth(self, audit: Audit) -> Tensor | None:
         """What the checkpoint says; None where this gateway cannot compute as its workers do."""

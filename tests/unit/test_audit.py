@@ -153,6 +153,35 @@ def test_a_second_worker_that_does_not_answer_is_waited_for_only_so_long(
             pass
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["answers at once", "answers one by one"])
+@pytest.mark.parametrize("checked", [True, False], ids=["with the checkpoint", "without it"])
+def test_a_liar_that_is_in_several_frames_of_one_layer(
+    checkpoint: Checkpoint, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch, at_once: bool, checked: bool
+) -> None:
+    experts = [[0, 1], [2, 3], range(4), range(4)] if checked else [[0, 1], [2, 3], *[range(4)] * 3]
+    dispatcher, workers = local_dispatcher(checkpoint, mailbox, experts, config=EVERY)
+    local = dispatcher.crew.local()
+    for worker in workers:
+        worker.compute, worker.numerics_class = local.rows, local.numerics_class
+    right, _ = dispatched(dispatcher, mailbox)
+    if at_once:
+        monkeypatch.setattr(mailbox, "settle", lambda completion, outcome: completion.settle(outcome))
+    if not checked:
+        dispatcher.crew.local = partial(unable, "the gateway has no experts")
+    for _ in range(20):
+        for liar in workers:
+            liar.spoil = lie
+            found, failures = dispatched(dispatcher, mailbox)
+            assert torch.equal(found, right)
+            assert not failures
+            liar.spoil, liar.identity = lambda rows: rows, liar.identity + "+"
+            held = {each.address: [(1, expert) for expert in set_] for each, set_ in zip(workers, experts, strict=True)}
+            dispatcher.follow(build_placement(held), {each.address: each for each in workers})
+    while mailbox.receive(0):
+        pass
+    assert dispatcher.crew.retries.active == 0
+
+
 def test_a_connection_that_is_lost_again_is_no_new_process(checkpoint: Checkpoint, mailbox: Mailbox) -> None:
     dispatcher, workers = audited(checkpoint, mailbox, 2)
     workers[0].spoil = lie
