@@ -1,0 +1,156 @@
+"""A layer's experts on a device: down(SiLU(gate(x)) · up(x)) for every pair, in two or three launches.
+
+Letters: U rows, P pairs, E experts, D hidden size, F expert FFN size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from consilium.experts import ExpertWeights
+from consilium.gpu import products
+from consilium.gpu.jit import EXACT, INTERPRETED, power_of_two, tiles_of
+from consilium.gpu.quantize import quantize_rows
+from consilium.gpu.sort import Groups
+from consilium.gpu.tiling import Blocks, Tiling
+from consilium.model_config import ClampedSwiGLU
+from consilium.quantization import Quantized
+
+COLUMNS: int = products.COLUMNS.value
+DTYPES = {torch.int8: tl.int8, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertForm:
+    """What all experts of a model have in common."""
+
+    hidden_size: int
+    expert_size: int
+    rows: torch.dtype  # int8 with scales, or a float
+    weights: torch.dtype  # int8 with scales, or the rows' float
+    replies: torch.dtype
+    biased: bool = False
+    activation: ClampedSwiGLU | None = None
+
+
+def form_of(weights: ExpertWeights, rows: torch.dtype, replies: torch.dtype) -> ExpertForm:
+    """The form of experts like this one."""
+    gate = weights.gate.values if isinstance(weights.gate, Quantized) else weights.gate
+    size, hidden = gate.shape
+    return ExpertForm(hidden, size, rows, gate.dtype, replies, weights.biases is not None, weights.activation)
+
+
+def table_row(weights: ExpertWeights) -> NDArray[np.int64]:
+    """Where an expert's tensors lie, as the kernels read it: int64 [COLUMNS]; zeros are an expert that is not held."""
+    row = np.zeros(COLUMNS, np.int64)
+    for place, matrix in enumerate((weights.gate, weights.up, weights.down)):
+        for column, tensor in enumerate(matrix if isinstance(matrix, Quantized) else (matrix,)):
+            row[2 * place + column] = tensor.data_ptr()
+    for place, bias in enumerate(weights.biases or ()):
+        row[6 + place] = bias.data_ptr()
+    return row
+
+
+def table_of(experts: Sequence[ExpertWeights | None], device: torch.device) -> Tensor:
+    """int64 [E, COLUMNS] on ``device``; None where an expert is not held."""
+    rows = [np.zeros(COLUMNS, np.int64) if weights is None else table_row(weights) for weights in experts]
+    return torch.from_numpy(np.stack(rows)).to(device)
+
+
+def compute(
+    form: ExpertForm, tiling: Tiling, table: Tensor, groups: Groups, x: Tensor, scales: Tensor | None, out: Tensor
+) -> None:
+    """Write the output row of every pair of ``groups`` to its place in ``out`` [.., D].
+
+    ``x`` [U, D], int8 with ``scales`` [U] or floats; ``groups`` were cut into tiles of ``tiling.block_m``.
+    """
+    pairs, slots = len(groups.source), len(groups.tiles)
+    if not pairs:
+        return
+    hidden = torch.empty(pairs, form.expert_size, dtype=_hidden_dtype(form), device=x.device)
+    largest = _gate_up(form, tiling, table, groups, x, scales, hidden)
+    tiles, of_rows = largest.shape[1], largest
+    if form.rows is not torch.int8:
+        tiles = 0
+    elif tiling.quantize_first:
+        tiles, (hidden, of_rows) = 0, quantize_rows(hidden)
+    blocks = tiling.down
+    products.down[(slots, tiles_of(form.hidden_size, blocks.n))](
+        table,
+        groups.tiles,
+        groups.target,
+        hidden,
+        of_rows,
+        _bits(out),
+        **_constants(form, groups.block, blocks),
+        REPLY=DTYPES[form.replies],
+        TILES=tiles,
+        TILES_BLOCK=power_of_two(tiles),
+    )
+
+
+def _gate_up(
+    form: ExpertForm,
+    tiling: Tiling,
+    table: Tensor,
+    groups: Groups,
+    x: Tensor,
+    scales: Tensor | None,
+    hidden: Tensor,
+) -> Tensor:
+    """Fill ``hidden`` [P, F]; the largest magnitudes of its parts, int32 [P, column tiles]."""
+    columns = tiles_of(form.expert_size, tiling.gate_up.n)
+    largest = torch.empty(len(hidden), columns, dtype=torch.int32, device=x.device)
+    how = form.activation or ClampedSwiGLU(0.0, 0.0)
+    products.gate_up[(len(groups.tiles), columns)](
+        table,
+        groups.tiles,
+        groups.source,
+        x,
+        largest if scales is None else scales,
+        _bits(hidden),
+        largest,
+        how.alpha,
+        how.limit,
+        **_constants(form, groups.block, tiling.gate_up),
+        CLAMPED=form.activation is not None,
+        HIDDEN=DTYPES[hidden.dtype],
+    )
+    return largest
+
+
+def _constants(form: ExpertForm, block_m: int, blocks: Blocks) -> dict[str, Any]:
+    # The interpreter cannot multiply bfloat16; in float32 the products are the same, and only the sums differ.
+    dot = torch.float32 if INTERPRETED and form.rows is torch.bfloat16 else form.rows
+    return {
+        "D": form.hidden_size,
+        "F": form.expert_size,
+        "INTEGER": form.rows is torch.int8,
+        "SCALED": form.weights is torch.int8,
+        "W": DTYPES[form.weights],
+        "BIASED": form.biased,
+        "DOT": DTYPES[dot],
+        "BLOCK_M": block_m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+        **EXACT,
+    }
+
+
+def _hidden_dtype(form: ExpertForm) -> torch.dtype:
+    return torch.float32 if form.rows is torch.int8 else form.rows
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """As kernels store it: bfloat16 bit by bit."""
+    return rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows
