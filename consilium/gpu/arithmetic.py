@@ -6,8 +6,6 @@ Triton's own ``/`` is not.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton.language as tl
 
 from consilium.gpu.jit import jit
@@ -24,7 +22,7 @@ BIAS, MANTISSA = tl.constexpr(127), tl.constexpr(23)
 
 
 @jit
-def exp(x: Any) -> Any:
+def exp(x: tl.tensor) -> tl.tensor:
     """exp of float32; NaN stays NaN."""
     x = tl.where(x < LOWEST, LOWEST, x)
     x = tl.where(x > HIGHEST, HIGHEST, x)
@@ -42,13 +40,13 @@ def exp(x: Any) -> Any:
 
 
 @jit
-def silu_and_multiply(gate: Any, up: Any) -> Any:
+def silu_and_multiply(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
     """SiLU(gate) · up."""
     return tl.math.div_rn(gate, exp(-gate) + 1.0) * up
 
 
 @jit
-def clamped_swiglu(gate: Any, up: Any, alpha: Any, limit: Any) -> Any:
+def clamped_swiglu(gate: tl.tensor, up: tl.tensor, alpha: tl.tensor, limit: tl.tensor) -> tl.tensor:
     """gate / (1 + exp(-alpha · gate)) · (up + 1), gate clamped from above and up to both sides."""
     gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, up)
@@ -57,13 +55,13 @@ def clamped_swiglu(gate: Any, up: Any, alpha: Any, limit: Any) -> Any:
 
 
 @jit
-def magnitude(x: Any) -> Any:
+def magnitude(x: tl.tensor) -> tl.tensor:
     """The bits of floats without their sign, int32: in the floats' order, infinity and NaN last."""
     return x.to(tl.int32, bitcast=True) & SIGN_OFF
 
 
 @jit
-def scale_of(largest: Any) -> Any:
+def scale_of(largest: tl.tensor) -> tl.tensor:
     """The scale of a row whose largest ``magnitude`` is this: 0 for one of zeros, NaN for one that is not finite."""
     scale = tl.math.div_rn(largest.to(tl.float32, bitcast=True), LEVELS)
     scale = tl.where(scale < SMALLEST_SCALE, 0.0, scale)
@@ -71,7 +69,7 @@ def scale_of(largest: Any) -> Any:
 
 
 @jit
-def quantize(x: Any, scale: Any) -> Any:
+def quantize(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """int8 of x by the row's ``scale``, which has x's dimensions; zeros where that is 0 or NaN."""
     usable = scale > 0.0
     levels = tl.math.div_rn(x, tl.where(usable, scale, 1.0))
@@ -80,7 +78,7 @@ def quantize(x: Any, scale: Any) -> Any:
 
 
 @jit
-def bfloat16_bits(x: Any) -> Any:
+def bfloat16_bits(x: tl.tensor) -> tl.tensor:
     """int16 with the bits of the bfloat16 nearest to a float32, ties to even; the interpreter's own cast truncates."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -12,8 +12,6 @@ Letters: P pairs, E experts, D hidden size, F expert FFN size; M, N, K of a tile
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton.language as tl
 
 from consilium.gpu.arithmetic import bfloat16_bits, clamped_swiglu, magnitude, quantize, scale_of, silu_and_multiply
@@ -26,41 +24,41 @@ COLUMNS = tl.constexpr(9)
 
 
 @jit
-def matrix(table: Any, expert: Any, column: Any, dtype: tl.constexpr) -> Any:
+def matrix(table: tl.tensor, expert: tl.tensor, column: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """A pointer to what an entry of ``table`` says."""
     address = tl.load(table + expert.to(tl.int64) * COLUMNS + column)
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
 @jit
-def add_products(sums: Any, x: Any, w: Any, dtype: tl.constexpr) -> Any:
+def add_products(sums: tl.tensor, x: tl.tensor, w: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """sums [M, N] with x [M, K] times w [K, N], in int32 for int8, else in float32 from numbers as ``dtype``."""
     if dtype == tl.int8:
-        return tl.dot(x, w, sums, out_dtype=tl.int32)
-    return tl.dot(x.to(dtype), w.to(dtype), sums, input_precision="ieee")
+        sums = tl.dot(x, w, sums, out_dtype=tl.int32)
+    else:
+        sums = tl.dot(x.to(dtype), w.to(dtype), sums, input_precision="ieee")
+    return sums
 
 
 @jit
-def load_part(pointers: Any, place: Any, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> Any:
+def load_part(pointers: tl.tensor, place: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """What lies at ``pointers``, zeros where ``place`` in what is summed over is past SIZE."""
-    if SIZE % BLOCK == 0:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=place < SIZE, other=0)
+    return tl.load(pointers) if SIZE % BLOCK == 0 else tl.load(pointers, mask=place < SIZE, other=0)
 
 
 @jit
 def scaled(
-    sums: Any,
-    x_scales: Any,
-    table: Any,
-    expert: Any,
-    scales: Any,
-    bias: Any,
-    n: Any,
+    sums: tl.tensor,
+    x_scales: tl.tensor,
+    table: tl.tensor,
+    expert: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,
+    n: tl.tensor,
     INTEGER: tl.constexpr,
     SCALED: tl.constexpr,
     BIASED: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """float32 of sums [M, N] with the scales of rows [M] and of columns ``n`` [N], and their biases."""
     found = sums.to(tl.float32)
     if INTEGER:
@@ -73,7 +71,7 @@ def scaled(
 
 
 @jit
-def store_rows(out: Any, rows: Any, mask: Any, dtype: tl.constexpr) -> None:
+def store_rows(out: tl.tensor, rows: tl.tensor, mask: tl.tensor, dtype: tl.constexpr) -> None:
     """Store float32 as ``dtype``; for bfloat16 ``out`` are pointers to its bits."""
     if dtype == tl.bfloat16:
         tl.store(out, bfloat16_bits(rows), mask=mask)
@@ -83,15 +81,15 @@ def store_rows(out: Any, rows: Any, mask: Any, dtype: tl.constexpr) -> None:
 
 @jit
 def gate_up(
-    table: Any,
-    tiles: Any,
-    source: Any,
-    x: Any,
-    x_scales: Any,
-    hidden: Any,
-    largest: Any,
-    alpha: Any,
-    limit: Any,
+    table: tl.tensor,
+    tiles: tl.tensor,
+    source: tl.tensor,
+    x: tl.tensor,
+    x_scales: tl.tensor,
+    hidden: tl.tensor,
+    largest: tl.tensor,
+    alpha: tl.tensor,
+    limit: tl.tensor,
     D: tl.constexpr,
     F: tl.constexpr,
     INTEGER: tl.constexpr,
@@ -139,7 +137,9 @@ def gate_up(
 
 
 @jit
-def largest_of(largest: Any, m: Any, inside: Any, TILES: tl.constexpr, BLOCK: tl.constexpr) -> Any:
+def largest_of(
+    largest: tl.tensor, m: tl.tensor, inside: tl.tensor, TILES: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
     """The largest magnitude of each of the rows ``m`` [M]."""
     tile = tl.arange(0, BLOCK)
     mask = inside[:, None] & (tile < TILES)[None, :]
@@ -148,12 +148,12 @@ def largest_of(largest: Any, m: Any, inside: Any, TILES: tl.constexpr, BLOCK: tl
 
 @jit
 def down(
-    table: Any,
-    tiles: Any,
-    target: Any,
-    hidden: Any,
-    scales: Any,
-    out: Any,
+    table: tl.tensor,
+    tiles: tl.tensor,
+    target: tl.tensor,
+    hidden: tl.tensor,
+    scales: tl.tensor,
+    out: tl.tensor,
     D: tl.constexpr,
     F: tl.constexpr,
     INTEGER: tl.constexpr,

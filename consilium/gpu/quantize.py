@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +14,7 @@ MOST_AT_ONCE = 4096  # elements of a row that one program has in registers
 
 
 @jit
-def _quantize_rows(x: Any, values: Any, scales: Any, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _quantize_rows(x: tl.tensor, values: tl.tensor, scales: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """Row program_id(0) of x [T, SIZE]: its values int8 [SIZE] and its scale."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)

@@ -6,7 +6,6 @@ Letters: T tokens, K experts of each, P = T · K pairs, E experts, S slots for r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton.language as tl
@@ -34,7 +33,7 @@ def slots_for(pairs: int, experts: int, block: int) -> int:
 
 
 @jit
-def _cut(tiles: Any, expert: Any, first: Any, last: Any, BLOCK: tl.constexpr) -> None:
+def _cut(tiles: tl.tensor, expert: tl.tensor, first: tl.tensor, last: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Write the tiles of an expert's places ``first`` to ``last``."""
     while first < last:
         tl.store(tiles, expert)
@@ -46,12 +45,12 @@ def _cut(tiles: Any, expert: Any, first: Any, last: Any, BLOCK: tl.constexpr) ->
 
 @jit
 def _place(
-    ids: Any,
-    source: Any,
-    target: Any,
-    pairs: Any,
-    expert: Any,
-    first: Any,
+    ids: tl.tensor,
+    source: tl.tensor,
+    target: tl.tensor,
+    pairs: tl.tensor,
+    expert: tl.tensor,
+    first: tl.tensor,
     PER_TOKEN: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
@@ -70,13 +69,13 @@ def _place(
 
 @jit
 def _sort_pairs(
-    ids: Any,
-    table: Any,
-    source: Any,
-    target: Any,
-    tiles: Any,
-    pairs: Any,
-    slots: Any,
+    ids: tl.tensor,
+    table: tl.tensor,
+    source: tl.tensor,
+    target: tl.tensor,
+    tiles: tl.tensor,
+    pairs: tl.tensor,
+    slots: tl.tensor,
     COLUMNS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -37,7 +35,9 @@ def same_bits(found: Tensor, expected: Tensor) -> bool:
 
 
 @jit
-def _each(x: Any, y: Any, out: Any, bits: Any, alpha: Any, limit: Any, N: tl.constexpr) -> None:
+def _each(
+    x: tl.tensor, y: tl.tensor, out: tl.tensor, bits: tl.tensor, alpha: tl.tensor, limit: tl.tensor, N: tl.constexpr
+) -> None:
     place = tl.arange(0, N)
     a, b = tl.load(x + place), tl.load(y + place)
     tl.store(out + place, exp(a))

@@ -82,9 +82,11 @@ def bits(rows: Tensor) -> Tensor:
     return torch.where(rows.isnan(), 0, whole)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("odd", [False, True], ids=["plain", "biased"])
-@pytest.mark.parametrize("tiling", [SMALL, APART], ids=["quantized within", "quantized first"])
+@pytest.mark.parametrize(
+    ("dtype", "odd", "tiling"),
+    [("bfloat16", False, SMALL), ("float32", True, SMALL), ("bfloat16", True, APART), ("float32", False, APART)],
+    ids=["quantized within", "within, biased", "quantized first, biased", "quantized first"],
+)
 def test_int8_has_the_bits_of_the_cpu(device: torch.device, dtype: RowDType, odd: bool, tiling: Tiling) -> None:
     """Odd sizes, an expert without rows, one that is not held, one with many, rows that are not finite."""
     hidden, size, number, tokens, per_token = 72, 40, 5, 23, 2
@@ -123,11 +125,17 @@ def test_no_rows(device: torch.device) -> None:
     compute(form, SMALL, table_of([weights], device), groups, empty, torch.empty(0), empty)
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8-weight-only"])
-@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 2e-2), ("float32", 1e-5)])
-@pytest.mark.parametrize("odd", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "odd", "bound"),
+    [
+        ("none", "bfloat16", True, 2e-2),
+        ("none", "float32", False, 1e-5),
+        ("int8-weight-only", "bfloat16", False, 2e-2),
+        ("int8-weight-only", "float32", True, 1e-5),
+    ],
+)
 def test_floats_are_close_and_do_not_depend_on_their_batch(
-    device: torch.device, quantization: Quantization, dtype: RowDType, bound: float, odd: bool
+    device: torch.device, quantization: Quantization, dtype: RowDType, odd: bool, bound: float
 ) -> None:
     hidden, size, number = 72, 40, 3
     arithmetic = find_arithmetic(quantization, dtype, hidden, size)
