@@ -35,6 +35,7 @@ Quantization = Literal["none", "int8", "int8-weight-only"]
 DenseQuantization = Literal["none", "int8"]
 LastReplica = Literal["fail", "wait", "local", "renormalise"]
 RowDType = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda", "auto"]
 
 
 class Section(BaseModel):
@@ -144,11 +145,14 @@ class WorkerConfig(Section):
     layers: str = Field("all", description="layers it holds: all, or for example 0-11,13")
     experts: str = Field("all", description="experts it holds in each of them: all, or for example 0-3,7")
     threads: int | None = Field(None, ge=1, description="compute threads; all cores by default")
+    device: Device = Field("auto", description="where it computes: cpu, cuda, or auto: a GPU where there is one")
     max_queue: int = Field(1024, ge=1, description="most calls waiting; more are answered with RESOURCE_EXHAUSTED")
     max_frame: Size = Field(64 * 2**20, ge=2**16, le=2**30, description="largest message taken")
     local_links: bool = Field(True, description="let gateways on this host pass frames without gRPC")
     memory: Size | None = Field(
-        None, ge=1, description="for experts that a router gives it; as much as the model's take by default"
+        None,
+        ge=1,
+        description="for experts that a router gives it; by default what the model's take, or what the GPU has free",
     )
     speed: float | None = Field(
         None, gt=0, description="for a router, against that of other workers: say it of all; measured by default"

@@ -34,18 +34,30 @@ class ExpertWeights:
     down: Tensor | Quantized  # [D, F]
     biases: tuple[Tensor, Tensor, Tensor] | None = None  # of gate, up [F] and down [D], float32
     activation: ClampedSwiGLU | None = None  # None is SiLU
-    # Of every matrix in the order of content_hash, as kernels read it: where that table lies, and what keeps it there.
+    # Of every tensor in the order of content_hash, as kernels read it: where that table lies, and what keeps it there.
     table: int = field(init=False, compare=False)
-    _addresses: NDArray[np.int64] = field(init=False, compare=False, repr=False)
+    addresses: NDArray[np.int64] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         addresses = np.array([tensor.data_ptr() for tensor in self.tensors()], np.int64)
-        object.__setattr__(self, "_addresses", addresses)
+        object.__setattr__(self, "addresses", addresses)
         object.__setattr__(self, "table", addresses.ctypes.data)
 
     def content_hash(self) -> bytes:
         """Equal for equal weights (consilium.content_hash)."""
         return content_hash((self.gate, self.up, self.down, *(self.biases or ())))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ExpertWeights:
+        """The same expert of other tensors; ``change`` is given each in the order of :meth:`tensors`."""
+        gate, up, down = (
+            Quantized(*map(change, matrix)) if isinstance(matrix, Quantized) else change(matrix)
+            for matrix in (self.gate, self.up, self.down)
+        )
+        biases = None
+        if self.biases is not None:
+            first, second, third = map(change, self.biases)
+            biases = first, second, third
+        return ExpertWeights(gate, up, down, biases, self.activation)
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())

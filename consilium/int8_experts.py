@@ -37,8 +37,8 @@ class Int8Arithmetic:
 
     def __init__(self, reply_dtype: torch.dtype, product: IntegerProduct) -> None:
         self.reply_dtype = reply_dtype
-        # Exact integers and defined roundings: one class for every CPU and every kernel that passed the proof.
-        self.numerics_class = f"int8/cpu/{ARITHMETIC_VERSION}"
+        # Exact integers and defined roundings: one class for every CPU and GPU, and every kernel that passed the proof.
+        self.numerics_class = f"int8/{ARITHMETIC_VERSION}"
         self._product = product
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:

@@ -30,6 +30,7 @@ FLAGS = {
     "host": ("worker.host", "address to listen on"),
     "port": ("worker.port", "port to listen on; 0 lets the system choose"),
     "metrics-port": ("worker.metrics_port", "port to serve metrics on; 0 lets the system choose; none by default"),
+    "device": ("worker.device", "cpu, cuda, or auto: a GPU where there is one"),
     "threads": ("worker.threads", "compute threads; all cores by default"),
 }
 

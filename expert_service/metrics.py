@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from consilium import __version__
 from consilium.errors import ConfigError, ConsiliumError
 from expert_service.call_queue import CancelledCallError, Job, Outcome
+from expert_service.device import WorkerDevice
 from expert_service.executor import Executor
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
@@ -42,8 +43,14 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus-client 
 class ServiceMetrics:
     """Every metric of one worker, in a registry of its own."""
 
-    def __init__(self, description: expert_pb2.DescribeResponse, executor: Executor, store: ExpertStore) -> None:
-        """Has ``executor`` tell it of every call that it took."""
+    def __init__(
+        self,
+        description: expert_pb2.DescribeResponse,
+        executor: Executor,
+        store: ExpertStore,
+        device: WorkerDevice | None = None,
+    ) -> None:
+        """Has ``executor`` tell it of every call that it took; ``device`` is told of where it is a GPU."""
         self.registry = CollectorRegistry()
         self._labels = (description.model, description.group)
         self._max_batch = description.max_batch
@@ -62,6 +69,8 @@ class ServiceMetrics:
         self._queue = self._histogram("queue_seconds", "From a call's arrival to the begin of its computing")
         self._compute = self._histogram("compute_seconds", "Computing of one call")
         self._inventory(description, store)
+        if device is not None and device.name != "cpu":
+            self.registry.register(_DeviceCollector(device, self._labels))
         executor.on_done = self.done
 
     def refused(self, error: Exception) -> None:
@@ -139,6 +148,28 @@ class _ExecutorCollector(Collector):
         waiting = GaugeMetricFamily(_PREFIX + "calls_in_flight", "Calls that wait or are computed", labels=_LABELS)
         waiting.add_metric(self._labels, self._executor.unfinished)
         yield waiting
+
+
+class _DeviceCollector(Collector):
+    """Reads the GPU at every scrape."""
+
+    def __init__(self, device: WorkerDevice, labels: tuple[str, str]) -> None:
+        self._device, self._labels = device, labels
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Time the GPU was at calls, copies included; batches that overlap count each"
+        busy = CounterMetricFamily(_PREFIX + "device_busy_seconds", text, labels=_LABELS)
+        busy.add_metric(self._labels, self._device.busy_seconds)
+        yield busy
+        memory = self._device.memory()
+        if memory is not None:
+            for kind, text, size in (
+                ("total", "Memory of the GPU", memory.total),
+                ("free", "Memory of the GPU that nobody uses", memory.free),
+            ):
+                found = GaugeMetricFamily(f"{_PREFIX}device_memory_{kind}_bytes", text, labels=_LABELS)
+                found.add_metric(self._labels, size)
+                yield found
 
 
 def _outcome_of(error: BaseException) -> str:

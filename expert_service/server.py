@@ -15,7 +15,6 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
 from consilium.config import Config, ExpertGroupConfig
 from consilium.errors import ConfigError
@@ -31,6 +30,7 @@ from consilium.shared_memory import SharedMemory
 from consilium.telemetry import announce
 from consilium.tokens import WORKER, metadata_of
 from consilium.wire import WIRE_DTYPES
+from expert_service.device import WorkerDevice, find_device
 from expert_service.executor import Executor
 from expert_service.frame_computer import FrameComputer
 from expert_service.holdings import Holdings, describe_store
@@ -41,7 +41,7 @@ from expert_service.metrics import ServiceMetrics
 from expert_service.registration import Registration
 from expert_service.selection import select_experts, select_layers
 from expert_service.servicer import SERVICE, BareForward, ExpertServicer
-from expert_service.sources import LocalWeights, PeerWeights, WeightSource, blank_weights
+from expert_service.sources import LocalWeights, PeerWeights, PlacedWeights, WeightSource, blank_weights
 from expert_service.speed import measure
 from expert_service.store import ExpertStore, load_store
 from expert_service.tokens import Tokens
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 # Unfinished calls and unread answers may take so many largest frames of memory before new calls are refused.
 QUEUED_FRAMES, UNREAD_FRAMES = 4, 2
+# Of a GPU's memory: for the rows of calls, for kernels, and for what the allocator cannot use.
+KEPT_FREE = 0.05
 # For the last bytes to leave once everything is answered.
 CLOSING_SECONDS = 1.0
 LEAST_DRAIN_SECONDS = 0.1  # for calls, when the router took all the time
@@ -76,11 +78,10 @@ class Worker:
         self.router = config.router if config.router is not None and config.router.endpoint is not None else None
         if self.router is not None and config.worker.experts.strip() == "all":
             experts = []  # the router decides
-        self.arithmetic: Arithmetic = find_arithmetic(
-            config.quantization, config.reply_dtype, self.model.hidden_size, self.model.expert_size
-        )
+        self.device: WorkerDevice = find_device(config, self.model)
+        self.arithmetic: Arithmetic = self.device.arithmetic
         self.layout = blank_weights(self.arithmetic, self.model)
-        self.source = self._source(checkpoint)
+        self.source = PlacedWeights(self._source(checkpoint), self.device.place)
         self.store: ExpertStore = load_store(self.source, layers, experts)
 
     def _source(self, checkpoint: Checkpoint | None) -> WeightSource:
@@ -105,9 +106,18 @@ class Worker:
             hidden_size=self.model.hidden_size,
             max_batch=self.max_batch,
             layers=describe_store(self.store),
-            device="cpu",
+            device=self.device.name,
             weight_version=self.config.weight_version,
         )
+
+    def _capacity(self) -> int:
+        """Experts that there is memory for, what is held included; at most all of the model."""
+        held = sum(len(hashes) for hashes in self.store.hashes.values())
+        whole = len(self.model.expert_layers()) * self.model.num_experts
+        limit, device = self.config.worker.memory, self.device.memory()
+        if limit is None and device is not None:
+            limit = self.store.nbytes + max(0, device.free - int(device.total * KEPT_FREE))
+        return whole if limit is None else min(whole, max(held, limit // self.layout.nbytes()))
 
     async def serve(self) -> None:
         """Answer calls until SIGTERM or SIGINT, then drain. Raises ConfigError when a port cannot be had."""
@@ -115,7 +125,7 @@ class Worker:
         computer = FrameComputer(self.store, self.arithmetic, self.model.hidden_size, self.max_batch, config.max_frame)
         description = self.describe()
         executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
-        metrics = ServiceMetrics(description, executor, self.store)
+        metrics = ServiceMetrics(description, executor, self.store, self.device)
         servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame, self.store)
         interceptors = [*self.tokens.interceptors(), ErrorInterceptor(), BareForward()]
         server = grpc.aio.server(interceptors=interceptors, options=server_options(config.max_frame))
@@ -159,15 +169,14 @@ class Worker:
         if self.router is None:
             yield None
             return
-        weights = self.layout
-        row_ns, read_ns = measure(self.arithmetic, weights, self.model.hidden_size, self.config.worker.speed)
-        held = [expert for hashes in self.store.hashes.values() for expert in hashes]
-        config, whole = self.config.worker, len(self.model.expert_layers()) * self.model.num_experts
+        config, experts = self.config.worker, self.device.samples(self.layout)
+        row_ns, read_ns = measure(self.arithmetic, experts, self.model.hidden_size, config.speed)
+        del experts  # their memory is for others
         worker = router_pb2.Worker(
             description=description,
             address=config.advertise or advertised(address, self.router.endpoint or ""),
             host=config.node,
-            capacity=whole if config.memory is None else min(whole, max(len(held), config.memory // weights.nbytes())),
+            capacity=self._capacity(),
             row_ns=row_ns,
             read_ns=read_ns,
         )

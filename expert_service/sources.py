@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import grpc
@@ -19,7 +19,6 @@ from consilium.content_hash import HASH_BYTES
 from consilium.errors import NotReady
 from consilium.experts import Arithmetic, ExpertWeights
 from consilium.model_config import ModelConfig
-from consilium.quantization import Quantized
 from consilium.rpc import channel_options, from_rpc_error, router_channel_options
 from consilium.tokens import Metadata
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
@@ -42,6 +41,17 @@ class WeightSource(Protocol):
         Raises CheckpointError where the files are wrong, NotReady where it may be had later.
         """
         ...
+
+
+class PlacedWeights:
+    """Those of another source, after they were brought to where they are computed with."""
+
+    def __init__(self, source: WeightSource, place: Callable[[ExpertWeights], ExpertWeights]) -> None:
+        self._source, self._place = source, place
+
+    def load(self, layer: int, expert: int) -> tuple[ExpertWeights, bytes]:
+        weights, digest = self._source.load(layer, expert)
+        return self._place(weights), digest
 
 
 class LocalWeights:
@@ -115,19 +125,14 @@ def blank_weights(arithmetic: Arithmetic, model: ModelConfig) -> ExpertWeights:
 def chunks(weights: ExpertWeights) -> Iterator[bytes]:
     """The bytes of every tensor as they travel."""
     for tensor in weights.tensors():
-        flat = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        flat = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         for start in range(0, len(flat), CHUNK):
             yield flat[start : start + CHUNK].tobytes()
 
 
 def read_weights(layout: ExpertWeights, parts: Iterable[bytes]) -> ExpertWeights | None:
     """An expert like ``layout`` with the bytes that come; None where they are too few or too many."""
-    gate, up, down = map(_empty_like, (layout.gate, layout.up, layout.down))
-    biases = None
-    if layout.biases is not None:
-        first, second, third = map(torch.empty_like, layout.biases)
-        biases = first, second, third
-    made = ExpertWeights(gate, up, down, biases, layout.activation)
+    made = layout.map(torch.empty_like)
     rooms = [tensor.view(-1).view(torch.uint8).numpy() for tensor in made.tensors()]
     place = start = 0
     for data in parts:
@@ -141,12 +146,6 @@ def read_weights(layout: ExpertWeights, parts: Iterable[bytes]) -> ExpertWeights
             if start == len(rooms[place]):
                 place, start = place + 1, 0
     return made if place == len(rooms) else None
-
-
-def _empty_like(matrix: torch.Tensor | Quantized) -> torch.Tensor | Quantized:
-    if isinstance(matrix, Quantized):
-        return Quantized(*(torch.empty_like(tensor) for tensor in matrix))
-    return torch.empty_like(matrix)
 
 
 def _holders(placement: router_pb2.Placement, layer: int, expert: int) -> Iterator[str]:

@@ -129,8 +129,8 @@ def stack(
 
 
 def worker_argv(experts: str, *arguments: str) -> list[str]:
-    """An expert worker with one thread on a free port, holding ``experts`` of every layer."""
-    return ["expert_service", "--port", "0", "--threads", "1", "--experts", experts, *arguments]
+    """An expert worker on the CPU with one thread, on a free port, holding ``experts`` of every layer."""
+    return ["expert_service", "--port", "0", "--threads", "1", "--device", "cpu", "--experts", experts, *arguments]
 
 
 def split_experts(model: Path | ShapeFolder, workers: int, replicas: int) -> list[str]:

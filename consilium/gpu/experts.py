@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium.experts import ExpertWeights
@@ -48,21 +47,23 @@ def form_of(weights: ExpertWeights, rows: torch.dtype, replies: torch.dtype) -> 
     return ExpertForm(hidden, size, rows, gate.dtype, replies, weights.biases is not None, weights.activation)
 
 
-def table_row(weights: ExpertWeights) -> NDArray[np.int64]:
-    """Where an expert's tensors lie, as the kernels read it: int64 [COLUMNS]; zeros are an expert that is not held."""
-    row = np.zeros(COLUMNS, np.int64)
-    for place, matrix in enumerate((weights.gate, weights.up, weights.down)):
-        for column, tensor in enumerate(matrix if isinstance(matrix, Quantized) else (matrix,)):
-            row[2 * place + column] = tensor.data_ptr()
-    for place, bias in enumerate(weights.biases or ()):
-        row[6 + place] = bias.data_ptr()
-    return row
+def columns_of(form: ExpertForm) -> list[int]:
+    """Which columns of a table an expert's tensors have, in their order."""
+    matrices = list(range(6)) if form.weights is torch.int8 else [0, 2, 4]
+    return matrices + [6, 7, 8] * form.biased
 
 
-def table_of(experts: Sequence[ExpertWeights | None], device: torch.device) -> Tensor:
-    """int64 [E, COLUMNS] on ``device``; None where an expert is not held."""
-    rows = [np.zeros(COLUMNS, np.int64) if weights is None else table_row(weights) for weights in experts]
-    return torch.from_numpy(np.stack(rows)).to(device)
+def table_of(form: ExpertForm, experts: Sequence[ExpertWeights | None]) -> Tensor:
+    """Where the tensors of ``experts`` lie, as kernels read it: int64 [E, COLUMNS], zeros where one is not held.
+
+    It is made on the host; kernels want it beside the weights.
+    """
+    table = np.zeros((len(experts), COLUMNS), np.int64)
+    held = [number for number, weights in enumerate(experts) if weights is not None]
+    if held:
+        addresses = np.concatenate([weights.addresses for weights in experts if weights is not None])
+        table[np.ix_(held, columns_of(form))] = addresses.reshape(len(held), -1)
+    return torch.from_numpy(table)
 
 
 def compute(

@@ -14,7 +14,7 @@ from consilium.gpu.experts import compute, form_of, table_of
 from consilium.gpu.sort import Groups, sort_pairs
 from consilium.gpu.tiling import Blocks, Tiling
 from consilium.model_config import ClampedSwiGLU
-from consilium.quantization import Quantized, quantize_rows
+from consilium.quantization import quantize_rows
 
 SMALL = Tiling(16, Blocks(32, 32), Blocks(32, 32))
 APART = Tiling(16, Blocks(16, 64), Blocks(64, 32), quantize_first=True)
@@ -33,11 +33,7 @@ def expert(seed: int, hidden: int, size: int, odd: bool = False) -> ExpertTensor
 
 
 def on(device: torch.device, weights: ExpertWeights) -> ExpertWeights:
-    def move(matrix: Tensor | Quantized) -> Tensor | Quantized:
-        return Quantized(*(each.to(device) for each in matrix)) if isinstance(matrix, Quantized) else matrix.to(device)
-
-    biases = None if weights.biases is None else tuple(each.to(device) for each in weights.biases)
-    return ExpertWeights(*(move(each) for each in (weights.gate, weights.up, weights.down)), biases, weights.activation)
+    return weights.map(lambda tensor: tensor.to(device))
 
 
 def expected(
@@ -66,7 +62,7 @@ def found(
     placed = [None if weights is None else on(device, weights) for weights in experts]
     known = next(weights for weights in placed if weights is not None)
     form = form_of(known, arithmetic.row_dtype, arithmetic.reply_dtype)
-    table = table_of(placed, device)
+    table = table_of(form, placed).to(device)
     groups = sort_pairs(ids.to(device), table, tiling.block_m)
     rows, scales = (
         quantize_rows(x.to(device)) if arithmetic.row_dtype is torch.int8 else (x.to(device, form.rows), None)
@@ -122,7 +118,7 @@ def test_no_rows(device: torch.device) -> None:
     none = torch.empty(0, dtype=torch.int32, device=device)
     groups = Groups(none, none, torch.empty(0, 3, dtype=torch.int32, device=device), 16)
     empty = torch.empty(0, 64, dtype=torch.int8, device=device)
-    compute(form, SMALL, table_of([weights], device), groups, empty, torch.empty(0), empty)
+    compute(form, SMALL, table_of(form, [weights]).to(device), groups, empty, torch.empty(0), empty)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_describe(float_worker: Process, int8_worker: Process, tiny_mixtral: Pat
     assert exact.worker_id != int8.worker_id
     assert (exact.quantization, exact.row_dtype) == ("none", tensor_pb2.DTYPE_FLOAT32)
     assert (int8.quantization, int8.row_dtype) == ("int8", tensor_pb2.DTYPE_BFLOAT16)
-    assert int8.numerics_class == "int8/cpu/v1"
+    assert int8.numerics_class == "int8/v1"
     assert exact.numerics_class.startswith("float32/cpu/")
     assert (exact.hidden_size, exact.max_batch) == (HIDDEN, 4096)
     assert [(each.layer, list(each.experts)) for each in exact.layers] == [(layer, [0, 1, 3]) for layer in range(3)]

@@ -23,7 +23,7 @@ from gateway.placement import ExpertIdentity
 
 # -- keys ------------------------------------------------------------------------------------------------------------
 
-IDENTITY = ExpertIdentity(b"w" * 16, "int8/cpu/v1")
+IDENTITY = ExpertIdentity(b"w" * 16, "int8/v1")
 
 
 def rows_of(values: list[list[int]], scales: list[float], experts: list[list[int]]) -> ExpertBatches:

@@ -160,7 +160,7 @@ def test_the_content_hash_covers_dtype_and_shape() -> None:
 
 def test_numerics_classes() -> None:
     classes = [find_arithmetic(quantization, dtype, 4, 6).numerics_class for quantization, dtype in MODES]
-    assert classes[2] == classes[3] == "int8/cpu/v1"
+    assert classes[2] == classes[3] == "int8/v1"
     assert classes[0].startswith("float32/cpu/")
     assert classes[1].startswith("bfloat16/cpu/")
     assert classes[4].startswith("int8-weight-only-float32/cpu/")

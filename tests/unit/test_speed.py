@@ -12,6 +12,7 @@ def test_a_stated_speed_divides_both_times() -> None:
     checkpoint = Checkpoint(resolve_model("shape:tiny"))
     arithmetic = find_arithmetic("int8", "bfloat16", checkpoint.config.hidden_size, checkpoint.config.expert_size)
     weights = arithmetic.prepare(checkpoint.expert(checkpoint.config.expert_layers()[0], 0))
-    assert measure(arithmetic, weights, checkpoint.config.hidden_size, 4.0) == (UNIT_ROW_NS / 4, UNIT_READ_NS / 4)
-    for found in measure(arithmetic, weights, checkpoint.config.hidden_size):
-        assert 0 < found < 10**9
+    assert measure(arithmetic, [weights], checkpoint.config.hidden_size, 4.0) == (UNIT_ROW_NS / 4, UNIT_READ_NS / 4)
+    for experts in ([weights], [weights] * 3):
+        for found in measure(arithmetic, experts, checkpoint.config.hidden_size):
+            assert 0 < found < 10**9

@@ -1,0 +1,93 @@
+"""Experts that are computed on a device, for calls whose rows come from the host and go back there."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from consilium.checkpoint import ExpertTensors
+from consilium.errors import Overloaded
+from consilium.experts import Arithmetic, ExpertWeights
+from consilium.gpu.experts import ExpertForm
+from consilium.gpu.tiling import Tilings
+from expert_service.lane import Lane, Work
+
+logger = logging.getLogger(__name__)
+
+LANES = 2  # batches on their way at a time: one is copied while another one is computed
+PIECE = 2048  # pairs of a batch; larger calls are cut, so that their copies overlap
+
+
+class DeviceArithmetic:
+    """As the arithmetic of the host, whose weights it is given after they were uploaded (Uploader)."""
+
+    def __init__(
+        self, host: Arithmetic, form: ExpertForm, tilings: Tilings, device: torch.device, numerics_class: str
+    ) -> None:
+        self.row_dtype, self.reply_dtype, self.numerics_class = host.row_dtype, host.reply_dtype, numerics_class
+        self.device_seconds = 0.0  # that the device was busy with calls, copies included
+        self._host = host
+        self._free = deque(Lane(form, tilings, device) for _ in range(LANES))
+
+    def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
+        """On the host: what is hashed, sent to peers, and uploaded."""
+        return self._host.prepare(tensors)
+
+    def compute(
+        self,
+        experts: Sequence[ExpertWeights],
+        offsets: Sequence[int],
+        rows: Tensor,
+        scales: Tensor | None,
+        out: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Raises Overloaded where the device has not even memory for one row."""
+        pairs = offsets[-1]
+        found = out if out is not None else torch.empty(pairs, rows.shape[1], dtype=self.reply_dtype)
+        pieces = deque(
+            Work(experts, offsets, rows, scales, indices, part, start, start + len(part))
+            for start, part in zip(range(0, pairs, PIECE), found.split(PIECE), strict=True)
+        )
+        busy: deque[Lane] = deque()
+        try:
+            while pieces:
+                if not self._free:
+                    self._finish(busy)
+                self._begin(pieces, busy)
+        finally:
+            while busy:
+                self._finish(busy)
+        return found
+
+    def _begin(self, pieces: deque[Work], busy: deque[Lane]) -> None:
+        """Set the next piece going, or make it smaller where it finds no memory."""
+        lane, work = self._free[0], pieces[0]
+        try:
+            lane.begin(work)
+        except torch.OutOfMemoryError:
+            self._make_room(pieces, busy)
+            return
+        pieces.popleft()
+        busy.append(self._free.popleft())
+
+    def _make_room(self, pieces: deque[Work], busy: deque[Lane]) -> None:
+        if busy:  # what they give back may be enough
+            while busy:
+                self._finish(busy)
+            return
+        torch.cuda.empty_cache()
+        work = pieces.popleft()
+        if work.end - work.start == 1:
+            raise Overloaded("the device is out of memory; try again a little later, or lower worker.memory")
+        logger.warning("the device is out of memory: a batch of %d rows is halved", work.end - work.start)
+        pieces.extendleft(reversed(work.halves()))
+
+    def _finish(self, busy: deque[Lane]) -> None:
+        lane = busy.popleft()
+        self._free.append(lane)
+        self.device_seconds += lane.finish()
