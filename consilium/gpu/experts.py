@@ -73,43 +73,20 @@ def compute(
 
     ``x`` [U, D], int8 with ``scales`` [U] or floats; ``groups`` were cut into tiles of ``tiling.block_m``.
     """
-    pairs, slots = len(groups.source), len(groups.tiles)
-    if not pairs:
-        return
-    hidden = torch.empty(pairs, form.expert_size, dtype=_hidden_dtype(form), device=x.device)
-    largest = _gate_up(form, tiling, table, groups, x, scales, hidden)
-    tiles, of_rows = largest.shape[1], largest
-    if form.rows is not torch.int8:
-        tiles = 0
-    elif tiling.quantize_first:
-        tiles, (hidden, of_rows) = 0, quantize_rows(hidden)
-    blocks = tiling.down
-    products.down[(slots, tiles_of(form.hidden_size, blocks.n))](
-        table,
-        groups.tiles,
-        groups.target,
-        hidden,
-        of_rows,
-        _bits(out),
-        **_constants(form, groups.block, blocks),
-        REPLY=DTYPES[form.replies],
-        TILES=tiles,
-        TILES_BLOCK=power_of_two(tiles),
-    )
+    if len(groups.source):
+        hidden, largest = gate_up(form, tiling.gate_up, table, groups, x, scales)
+        down(form, tiling.down, table, groups, hidden, None if tiling.quantize_first else largest, out)
 
 
-def _gate_up(
-    form: ExpertForm,
-    tiling: Tiling,
-    table: Tensor,
-    groups: Groups,
-    x: Tensor,
-    scales: Tensor | None,
-    hidden: Tensor,
-) -> Tensor:
-    """Fill ``hidden`` [P, F]; the largest magnitudes of its parts, int32 [P, column tiles]."""
-    columns = tiles_of(form.expert_size, tiling.gate_up.n)
-    largest = torch.empty(len(hidden), columns, dtype=torch.int32, device=x.device)
+def gate_up(
+    form: ExpertForm, blocks: Blocks, table: Tensor, groups: Groups, x: Tensor, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Hidden rows [P, F] in the pairs' order; for integers also the largest magnitudes of their parts, int32 [P, .]."""
+    columns = tiles_of(form.expert_size, blocks.n)
+    integers = form.rows is torch.int8
+    pairs = len(groups.source)
+    hidden = torch.empty(pairs, form.expert_size, dtype=torch.float32 if integers else form.rows, device=x.device)
+    largest = torch.empty(pairs, columns, dtype=torch.int32, device=x.device)
     how = form.activation or ClampedSwiGLU(0.0, 0.0)
     products.gate_up[(len(groups.tiles), columns)](
         table,
@@ -121,11 +98,40 @@ def _gate_up(
         largest,
         how.alpha,
         how.limit,
-        **_constants(form, groups.block, tiling.gate_up),
+        **_constants(form, groups.block, blocks),
         CLAMPED=form.activation is not None,
         HIDDEN=DTYPES[hidden.dtype],
     )
-    return largest
+    return hidden, largest
+
+
+def down(
+    form: ExpertForm,
+    blocks: Blocks,
+    table: Tensor,
+    groups: Groups,
+    hidden: Tensor,
+    largest: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Output rows from what gate_up found; without ``largest`` a kernel of its own quantizes integers first."""
+    tiles, of_rows = 0, groups.source  # floats have no scales: whatever is there is not read
+    if form.rows is torch.int8 and largest is not None:
+        tiles, of_rows = largest.shape[1], largest
+    elif form.rows is torch.int8:
+        hidden, of_rows = quantize_rows(hidden)
+    products.down[(len(groups.tiles), tiles_of(form.hidden_size, blocks.n))](
+        table,
+        groups.tiles,
+        groups.target,
+        hidden,
+        of_rows,
+        _bits(out),
+        **_constants(form, groups.block, blocks),
+        REPLY=DTYPES[form.replies],
+        TILES=tiles,
+        TILES_BLOCK=power_of_two(tiles),
+    )
 
 
 def _constants(form: ExpertForm, block_m: int, blocks: Blocks) -> dict[str, Any]:
@@ -146,10 +152,6 @@ def _constants(form: ExpertForm, block_m: int, blocks: Blocks) -> dict[str, Any]
         "num_stages": blocks.stages,
         **EXACT,
     }
-
-
-def _hidden_dtype(form: ExpertForm) -> torch.dtype:
-    return torch.float32 if form.rows is torch.int8 else form.rows
 
 
 def _bits(rows: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from consilium.gpu import samples, tune
 from consilium.gpu.experts import ExpertForm
 from consilium.gpu.tiling import FLOAT_TILINGS, INTEGER_TILINGS, Batch, batch_of, nearest
 from consilium.gpu.tuned import float_class, keep, table_path, tilings_for
@@ -52,3 +53,21 @@ def test_sums_of_floats_have_classes_by_their_tiles(device: torch.device) -> Non
     classes = {float_class(FLOATS, [(Batch(8, 1), tiling)], device) for tiling in (SMALL, APART)}
     assert len(classes) == 2
     assert all(each.startswith("int8-weight-only-bfloat16/") for each in classes)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8-weight-only"])
+def test_tuning_keeps_what_was_fastest(
+    device: torch.device, quantization: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "TILE_ROWS", (16,))
+    monkeypatch.setattr(tune, "COLUMNS", (32,))
+    monkeypatch.setattr(samples, "BATCHES", 1)
+    if device.type == "cuda":
+        monkeypatch.setattr(tune, "tilings_to_compile", lambda _: [])
+    sizes = ["--hidden", "32", "--expert-size", "32", "--experts", "2", "--top-k", "1", "--tokens", "1", "2"]
+    assert tune.main(["--quantization", quantization, *sizes]) == 0
+    assert f"kept in {table_path(device)}" in capsys.readouterr().out
+    rows = torch.int8 if quantization == "int8" else torch.bfloat16
+    found = tilings_for(ExpertForm(32, 32, rows, torch.int8, torch.bfloat16), device)
+    assert len(found) == (2 if quantization == "int8" else 1)
+    assert all(tiling.block_m == 16 for _, tiling in found)
