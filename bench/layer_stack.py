@@ -72,9 +72,9 @@ def random_layer(shape: LayerShape) -> Iterator[Path]:
 
 
 @contextmanager
-def expert_workers(model: Path, count: int, threads: int) -> Iterator[list[Process]]:
+def expert_workers(model: Path, count: int, threads: int, device: str = "cpu") -> Iterator[list[Process]]:
     """``count`` int8 workers that share the experts out evenly."""
-    common = ["--model", str(model), "--threads", str(threads)]
+    common = ["--model", str(model), "--threads", str(threads), "--device", device]
     with ExitStack() as cleanup:
         yield [
             cleanup.enter_context(running(worker_argv(held, *common)))

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")
-PACKAGES = ("torch", "grpcio", "numpy", "fastapi", "uvicorn", "httpx")
+PACKAGES = ("torch", "triton", "grpcio", "numpy", "fastapi", "uvicorn", "httpx")
 
 
 def describe() -> dict[str, Any]:

@@ -19,8 +19,8 @@ _TIMES = {"TTFT": "time_to_first_token", "ITL": "inter_token_latency", "latency"
 
 def write(name: str, machine: Mapping[str, Any], parameters: Mapping[str, Any], figures: Any) -> Path:
     """bench/results/NAME.json; ``machine`` was described before the figures were taken. Raises OSError."""
-    RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     content = {"benchmark": name, "machine": machine, "parameters": parameters, "figures": figures}
     file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     return file
