@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from expert_service.lane import Lane, Work
 
 logger = logging.getLogger(__name__)
 
-LANES = 2  # batches on their way at a time: one is copied while another one is computed
+LANES = 3  # batches on their way at a time: one comes, one is computed, one goes
 PIECE = 2048  # pairs of a batch; larger calls are cut, so that their copies overlap
 
 
@@ -47,11 +48,10 @@ class DeviceArithmetic:
         indices: Tensor | None = None,
     ) -> Tensor:
         """Raises Overloaded where the device has not even memory for one row."""
-        pairs = offsets[-1]
-        found = out if out is not None else torch.empty(pairs, rows.shape[1], dtype=self.reply_dtype)
+        found = out if out is not None else torch.empty(offsets[-1], rows.shape[1], dtype=self.reply_dtype)
         pieces = deque(
             Work(experts, offsets, rows, scales, indices, part, start, start + len(part))
-            for start, part in zip(range(0, pairs, PIECE), found.split(PIECE), strict=True)
+            for start, part in zip(range(0, len(found), PIECE), found.split(PIECE), strict=True)
         )
         busy: deque[Lane] = deque()
         try:
@@ -63,6 +63,29 @@ class DeviceArithmetic:
             while busy:
                 self._finish(busy)
         return found
+
+    def begin(
+        self,
+        experts: Sequence[ExpertWeights],
+        offsets: Sequence[int],
+        rows: Tensor,
+        scales: Tensor | None,
+        out: Tensor,
+        indices: Tensor | None,
+    ) -> Callable[[], None]:
+        """As ``compute``, but ``out`` is filled when what is returned was called, in the order of begins.
+
+        A call of one piece goes on by itself where that leaves a lane for others; everything else is computed at once.
+        """
+        if len(out) > PIECE or len(self._free) == 1:
+            self.compute(experts, offsets, rows, scales, out, indices)
+            return lambda: None
+        pieces, busy = deque([Work(experts, offsets, rows, scales, indices, out, 0, len(out))]), deque[Lane]()
+        self._begin(pieces, busy)
+        if pieces:  # there was no memory
+            self.compute(experts, offsets, rows, scales, out, indices)
+            return lambda: None
+        return partial(self._finish, busy)
 
     def _begin(self, pieces: deque[Work], busy: deque[Lane]) -> None:
         """Set the next piece going, or make it smaller where it finds no memory."""

@@ -11,6 +11,7 @@ import os
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,7 +20,7 @@ import torch
 from consilium.errors import ConsiliumError
 from expert_service.call_queue import CallQueue, CancelledCallError, Job, Outcome
 from expert_service.calls import Call
-from expert_service.frame_computer import FrameComputer
+from expert_service.frame_computer import Begun, FrameComputer
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,16 @@ class Executor:
 
     def _work(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # OpenMP's number is each thread's own
+        begun: deque[Begun] = deque()
         with torch.inference_mode():
             while len(self.queue) or not self._closing:
                 self._read(None if not len(self.queue) else 0)
                 jobs = self.queue.take(self._computer.max_batch)
                 if jobs:
-                    self._run(jobs)
+                    begun.append(self._begin(jobs))
+                # A device goes on by itself: what waits is brought to it before the first is waited for.
+                while begun and (len(begun) == self._computer.depth or not len(self.queue)):
+                    self._finish(begun.popleft())
         for link in self._links.values():
             link.close()
 
@@ -102,11 +107,22 @@ class Executor:
                 del self._links[descriptor]
                 link.close()
 
-    def _run(self, jobs: list[Job]) -> None:
+    def _begin(self, jobs: list[Job]) -> Begun:
         started = time.monotonic()
         try:
-            outcomes = self._computer.compute(jobs)
+            return self._computer.begin(jobs)
         except Exception as error:  # a bug: these calls fail, the others go on
+            begun = Begun(jobs)
+            begun.fail(error)
+            return begun
+        finally:
+            self.busy_seconds += time.monotonic() - started
+
+    def _finish(self, begun: Begun) -> None:
+        started, jobs = time.monotonic(), begun.jobs
+        try:
+            outcomes = self._computer.finish(begun)
+        except Exception as error:
             outcomes = [error] * len(jobs)
         self.busy_seconds += time.monotonic() - started
         for job, outcome in zip(jobs, outcomes, strict=True):

@@ -6,8 +6,9 @@ Letters: U distinct token rows, P (token, expert) pairs, D hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,24 @@ from expert_service.calls import LONGEST_US, Call, Computed
 from expert_service.coalesce import merge
 from expert_service.store import ExpertStore
 
+End = Callable[[], None]
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """An arithmetic that goes on by itself, so that the next batch can be brought to it meanwhile."""
+
+    def begin(
+        self,
+        experts: Sequence[ExpertWeights],
+        offsets: Sequence[int],
+        rows: Tensor,
+        scales: Tensor | None,
+        out: Tensor,
+        indices: Tensor | None,
+    ) -> End:
+        """As ``compute``; ``out`` is filled when what is returned was called, in the order of begins."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Task:
@@ -33,6 +52,22 @@ class _Task:
     rows: Tensor
 
 
+@dataclass(slots=True)
+class Begun:
+    """Jobs that are computed, and what is left to do for them."""
+
+    jobs: list[Job]
+    started: float = field(default_factory=time.monotonic)
+    tasks: list[_Task] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)  # to be called in this order
+    outcomes: dict[int, Outcome] = field(default_factory=dict)  # by place among the jobs
+
+    def fail(self, error: Exception) -> None:
+        """All that have no outcome yet."""
+        for place in range(len(self.jobs)):
+            self.outcomes.setdefault(place, error)
+
+
 class FrameComputer:
     """Decodes calls, and computes them in batches of at most ``max_batch`` pairs."""
 
@@ -42,6 +77,7 @@ class FrameComputer:
         self._store, self._arithmetic = store, arithmetic
         self.form = RowFormat(hidden_size, arithmetic.row_dtype, arithmetic.reply_dtype)
         self.max_batch, self._max_frame = max_batch, max_frame
+        self.depth = 2 if isinstance(arithmetic, Overlapping) else 1  # begins before the first one is finished
 
     def size(self, call: Call) -> int:
         """Bytes of the call with the rows of its result. Raises TooLarge when one of them passes the largest frame."""
@@ -55,57 +91,84 @@ class FrameComputer:
         return call.nbytes + result
 
     def compute(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """What each of ``jobs``, which are for one layer, comes to.
+        """What each of ``jobs``, which are for one layer, comes to."""
+        return self.finish(self.begin(jobs))
+
+    def begin(self, jobs: Sequence[Job]) -> Begun:
+        """Compute ``jobs``, which are for one layer, or set a device to it; :meth:`finish` has what they come to.
 
         An error of one of them changes nothing for the others. Whether a job is still wanted is looked at before each
         batch.
         """
-        outcomes: list[Outcome | None] = [None] * len(jobs)
-        started, tasks = time.monotonic(), list[_Task]()
+        begun = Begun(list(jobs))
         for place, job in enumerate(jobs):
             try:
                 job.check()
-                tasks.append(self._task(place, job))
+                begun.tasks.append(self._task(place, job))
             except Exception as error:  # an outcome like others; the executor logs what is a bug
-                outcomes[place] = error
+                begun.outcomes[place] = error
         try:
-            if len(tasks) == 1:
-                self._compute(tasks[0], jobs[tasks[0].place])
-            elif tasks:
-                self._compute_together(tasks)
+            if len(begun.tasks) == 1:
+                self._compute(begun)
+            elif begun.tasks:
+                self._compute_together(begun)
         except Exception as error:
-            return [outcome or error for outcome in outcomes]
-        seconds = time.monotonic() - started
-        for task in tasks:
-            waited = started - jobs[task.place].received
-            outcomes[task.place] = Computed(task.rows, _microseconds(waited), _microseconds(seconds))
-        return [outcome for outcome in outcomes if outcome is not None]
+            begun.fail(error)
+        return begun
+
+    def finish(self, begun: Begun) -> list[Outcome]:
+        """Wait for what :meth:`begin` began; the outcomes of its jobs."""
+        for end in begun.ends:
+            try:
+                end()
+            except Exception as error:  # the other ends give back what they hold
+                begun.fail(error)
+        seconds = time.monotonic() - begun.started
+        for task in begun.tasks:
+            waited = begun.started - begun.jobs[task.place].received
+            done = Computed(task.rows, _microseconds(waited), _microseconds(seconds))
+            begun.outcomes.setdefault(task.place, done)
+        return [begun.outcomes[place] for place in range(len(begun.jobs))]
 
     def _task(self, place: int, job: Job) -> _Task:
         """Raises WireError, StalePlacement."""
         frame = job.call.frame(self.form)
         return _Task(place, frame, self._store.find(frame.layer, frame.experts), job.call.room(self.form))
 
-    def _compute(self, task: _Task, job: Job) -> None:
+    def _compute(self, begun: Begun) -> None:
+        task = begun.tasks[0]
         for start in range(0, len(task.rows), self.max_batch):
-            job.check()
+            begun.jobs[task.place].check()
             end = min(start + self.max_batch, len(task.rows))
-            self._compute_batch(task.frame, task.experts, task.rows[start:end], start)
+            begun.ends.append(self._compute_batch(task.frame, task.experts, task.rows[start:end], start))
 
-    def _compute_together(self, tasks: list[_Task]) -> None:
+    def _compute_together(self, begun: Begun) -> None:
         """Frames that fit into one batch: the experts that several of them ask for are read once."""
-        merged, places = merge([task.frame for task in tasks])
+        merged, places = merge([task.frame for task in begun.tasks])
         found = torch.empty(merged.indices.numel(), self.form.hidden_size, dtype=self.form.replies)
         if len(found):
-            self._compute_batch(merged, self._store.find(merged.layer, merged.experts), found, 0)
-        for task, own in zip(tasks, places, strict=True):
-            torch.index_select(found, 0, own, out=task.rows)
+            experts = self._store.find(merged.layer, merged.experts)
+            begun.ends.append(self._compute_batch(merged, experts, found, 0))
 
-    def _compute_batch(self, frame: Frame, experts: list[ExpertWeights], out: Tensor, start: int) -> None:
-        """The output rows of the pairs from ``start`` on, into ``out``."""
+        def distribute() -> None:
+            for task, own in zip(begun.tasks, places, strict=True):
+                torch.index_select(found, 0, own, out=task.rows)
+
+        begun.ends.append(distribute)
+
+    def _compute_batch(self, frame: Frame, experts: list[ExpertWeights], out: Tensor, start: int) -> End:
+        """The output rows of the pairs from ``start`` on are in ``out`` once what is returned was called."""
         end = start + len(out)
         offsets = [min(max(offset, start), end) - start for offset in frame.offsets]
-        self._arithmetic.compute(experts, offsets, frame.rows, frame.scales, out, frame.indices[start:end])
+        given = experts, offsets, frame.rows, frame.scales, out, frame.indices[start:end]
+        if isinstance(self._arithmetic, Overlapping):
+            return self._arithmetic.begin(*given)
+        self._arithmetic.compute(*given)
+        return _nothing
+
+
+def _nothing() -> None:
+    """What is left to do of a batch that was computed at once."""
 
 
 def _microseconds(seconds: float) -> int:

@@ -49,7 +49,7 @@ def random_layer(form: ExpertForm, experts: int, device: torch.device) -> Layer:
         if form.weights is torch.int8:
             values = torch.randint(-127, 128, shape, dtype=torch.int8, device=device, generator=generator)
             return Quantized(values, torch.full((rows,), columns**-0.5 / 73, device=device))
-        drawn = torch.randn(shape, device=device, generator=generator) * columns**-0.5
+        drawn: Tensor = torch.randn(shape, device=device, generator=generator) * columns**-0.5
         return drawn.to(form.weights)
 
     inner, outer = (form.expert_size, form.hidden_size), (form.hidden_size, form.expert_size)

@@ -98,6 +98,22 @@ def test_jobs_are_computed_together(arithmetic: DeviceArithmetic, placed: list[E
         assert torch.equal(outcome.rows, expected(frame))
 
 
+def test_frames_that_are_begun_before_others_are_finished(
+    arithmetic: DeviceArithmetic, placed: list[ExpertWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one is too large for a lane of its own while others are under way."""
+    monkeypatch.setattr(device_arithmetic, "PIECE", 14)
+    frames = [make_frame(3), make_frame(4, seed=1), make_frame(8, seed=2)]
+    outs = [torch.empty(len(frame.indices), HIDDEN, dtype=torch.bfloat16) for frame in frames]
+    ends = [
+        arithmetic.begin(placed, frame.offsets, frame.rows, frame.scales, out, frame.indices)
+        for frame, out in zip(frames, outs, strict=True)
+    ]
+    for frame, out, end in zip(frames, outs, ends, strict=True):
+        end()
+        assert torch.equal(out, expected(frame))
+
+
 class Memory:
     """A device on which no more than ``pairs`` find memory at a time."""
 

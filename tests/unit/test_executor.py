@@ -19,7 +19,7 @@ from consilium.quantization import quantize_rows
 from expert_service.call_queue import Job, Outcome
 from expert_service.calls import LONGEST_US, Call, Computed, MessageCall
 from expert_service.executor import Executor
-from expert_service.frame_computer import FrameComputer
+from expert_service.frame_computer import Begun, FrameComputer
 from expert_service.metrics import ServiceMetrics
 from expert_service.servicer import ExpertServicer
 from expert_service.store import ExpertStore
@@ -122,7 +122,7 @@ class Gate(FrameComputer):
     """Computes nothing until it is opened; tells calls, and answers to them, apart by their pairs."""
 
     def __init__(self) -> None:
-        self.max_batch = 4096
+        self.max_batch, self.depth = 4096, 1
         self.opened, self.entered = threading.Event(), threading.Event()
         self.computed: list[int] = []
         self.failure: Exception | None = None
@@ -130,10 +130,13 @@ class Gate(FrameComputer):
     def size(self, call: Call) -> int:
         return call.nbytes
 
-    def compute(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def begin(self, jobs: Sequence[Job]) -> Begun:
         self.entered.set()
         assert self.opened.wait(30)
-        return [self._outcome(job) for job in jobs]
+        return Begun(list(jobs))
+
+    def finish(self, begun: Begun) -> list[Outcome]:
+        return [self._outcome(job) for job in begun.jobs]
 
     def _outcome(self, job: Job) -> Outcome:
         try:
@@ -146,14 +149,36 @@ class Gate(FrameComputer):
         return Computed(torch.empty(0), queue_us=job.call.pairs, compute_us=0)
 
 
+class Overlapped(Gate):
+    """As a device has it: the next call is brought to it before the first one is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_batch, self.depth = 1, 2
+        self.order: list[str] = []
+
+    def begin(self, jobs: Sequence[Job]) -> Begun:
+        self.order.append(f"begin {jobs[0].call.pairs}")
+        return super().begin(jobs)
+
+    def finish(self, begun: Begun) -> list[Outcome]:
+        self.order.append(f"finish {begun.jobs[0].call.pairs}")
+        return super().finish(begun)
+
+
 def submit(executor: Executor, call: expert_pb2.Call) -> Answer:
     """As the servicer does it."""
     store = ExpertStore([])
     return ExpertServicer(DESCRIPTION, executor, ServiceMetrics(DESCRIPTION, executor, store), 1, store).submit(call)
 
 
-def run(body: Callable[[Executor, Gate], Awaitable[None]], max_queue: int = 4, max_bytes: int = 2**20) -> Gate:
-    gate = Gate()
+def run(
+    body: Callable[[Executor, Gate], Awaitable[None]],
+    max_queue: int = 4,
+    max_bytes: int = 2**20,
+    gate: Gate | None = None,
+) -> Gate:
+    gate = gate or Gate()
 
     async def main() -> None:
         executor = Executor(gate, max_queue, max_bytes)
@@ -296,3 +321,14 @@ def test_a_worker_that_was_stopped_for_hours_still_answers() -> None:
     assert outcome.queue_us == LONGEST_US
     assert encode_result(outcome.rows, outcome.queue_us, outcome.compute_us).queue_us == LONGEST_US
     assert unpack_result(memoryview(pack_result(1, outcome.queue_us, outcome.compute_us)))[1] == LONGEST_US
+
+
+def test_a_device_gets_the_next_call_before_the_first_one_is_waited_for() -> None:
+    async def body(executor: Executor, gate: Gate) -> None:
+        answers = [submit(executor, numbered(number)) for number in (1, 2, 3)]
+        gate.opened.set()
+        assert [await outcome(answer) for answer in answers] == ["1", "2", "3"]
+
+    computer = Overlapped()
+    run(body, gate=computer)
+    assert computer.order == ["begin 1", "begin 2", "finish 1", "begin 3", "finish 2", "finish 3"]
