@@ -40,10 +40,10 @@ class CudaDevice:
             raise ConfigError("worker.device: cuda, but torch sees no GPU; choose --device cpu, or look at nvidia-smi")
         self._device = torch.device("cpu" if INTERPRETED else "cuda")
         self._uploader, self._lock = Uploader(self._device), threading.Lock()
-        layout = blank_weights(host, model)
+        self._host, layout = host, blank_weights(host, model)
         self._form = form_of(layout, host.row_dtype, host.reply_dtype)
         self._tilings = tilings_for(self._form, self._device)
-        self.arithmetic = DeviceArithmetic(host, self._form, self._tilings, self._device, self._class(host))
+        self.arithmetic = self._arithmetic()
         prove(host, self._form, self._tilings, self._device, self.place)
         logger.info("experts on %s, whose kernels were held against the CPU's", device_name(self._device))
 
@@ -66,17 +66,16 @@ class CudaDevice:
         free, total = torch.cuda.mem_get_info(self._device)
         return DeviceMemory(total, free)
 
-    def samples(self, layout: ExpertWeights) -> Sequence[ExpertWeights]:
-        return [self.place(layout) for _ in range(1 if INTERPRETED else SAMPLES)]
+    def samples(self, layout: ExpertWeights) -> tuple[Arithmetic, Sequence[ExpertWeights]]:
+        return self._arithmetic(), [self.place(layout) for _ in range(1 if INTERPRETED else SAMPLES)]
+
+    def _arithmetic(self) -> DeviceArithmetic:
+        """With lanes of its own."""
+        integers = self._form.rows is torch.int8
+        # Integers have the bits of the CPU, which is proved; sums of floats have an order of their own.
+        kind = self._host.numerics_class if integers else float_class(self._form, self._tilings, self._device)
+        return DeviceArithmetic(self._host, self._form, self._tilings, self._device, kind)
 
     def _room(self) -> str:
         memory, name = self.memory(), device_name(self._device)
         return name if memory is None else f"{name} ({format_size(memory.free)} of {format_size(memory.total)} free)"
-
-    def _class(self, host: Arithmetic) -> str:
-        """Integers have the bits of the CPU, which is proved; sums of floats have an order of their own."""
-        return (
-            host.numerics_class
-            if host.row_dtype is torch.int8
-            else float_class(self._form, self._tilings, self._device)
-        )

@@ -36,7 +36,7 @@ class WorkerDevice(Protocol):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """For weights that were placed."""
+        """For weights that were placed, on one thread."""
 
     @property
     def busy_seconds(self) -> float:
@@ -48,8 +48,8 @@ class WorkerDevice(Protocol):
     def memory(self) -> DeviceMemory | None:
         """None where it is the machine's own."""
 
-    def samples(self, layout: ExpertWeights) -> Sequence[ExpertWeights]:
-        """Placed experts like ``layout``, as many as are computed at once to see how fast that is."""
+    def samples(self, layout: ExpertWeights) -> tuple[Arithmetic, Sequence[ExpertWeights]]:
+        """To see how fast it is: placed experts like ``layout`` to ask at once, while others use ``arithmetic``."""
 
 
 class Cpu:
@@ -66,8 +66,8 @@ class Cpu:
     def memory(self) -> DeviceMemory | None:
         return None
 
-    def samples(self, layout: ExpertWeights) -> Sequence[ExpertWeights]:
-        return [layout]
+    def samples(self, layout: ExpertWeights) -> tuple[Arithmetic, Sequence[ExpertWeights]]:
+        return self.arithmetic, [layout]
 
 
 def find_device(config: Config, model: ModelConfig) -> WorkerDevice:

@@ -169,9 +169,8 @@ class Worker:
         if self.router is None:
             yield None
             return
-        config, experts = self.config.worker, self.device.samples(self.layout)
-        row_ns, read_ns = measure(self.arithmetic, experts, self.model.hidden_size, config.speed)
-        del experts  # their memory is for others
+        config = self.config.worker
+        row_ns, read_ns = measure(*self.device.samples(self.layout), self.model.hidden_size, config.speed)
         worker = router_pb2.Worker(
             description=description,
             address=config.advertise or advertised(address, self.router.endpoint or ""),

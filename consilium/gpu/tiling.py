@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -53,7 +55,10 @@ INTEGER_TILINGS: Tilings = (  # before anything was measured
     (Batch(128, 64), Tiling(64, Blocks(64, 128, 4, 3), Blocks(128, 128, 4, 3), quantize_first=True)),
     (Batch(128, 256), Tiling(128, Blocks(64, 128, 8, 3), Blocks(128, 128, 8, 3), quantize_first=True)),
 )
-FLOAT_TILINGS: Tilings = ((Batch(128, 8), Tiling(32, Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3))),)
+HALF_TILINGS: Tilings = ((Batch(128, 8), Tiling(32, Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3))),)
+# No matrix unit has float32: wider tiles have no registers.
+FLOAT_TILINGS: Tilings = ((Batch(128, 8), Tiling(16, Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2))),)
+USUAL = {torch.int8: INTEGER_TILINGS, torch.bfloat16: HALF_TILINGS, torch.float32: FLOAT_TILINGS}  # by dtype of rows
 
 
 def batch_of(pairs: int, experts: int) -> Batch:

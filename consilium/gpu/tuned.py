@@ -16,7 +16,7 @@ import triton
 
 from consilium.experts import ARITHMETIC_VERSION
 from consilium.gpu.experts import ExpertForm
-from consilium.gpu.tiling import FLOAT_TILINGS, INTEGER_TILINGS, Batch, Blocks, Tiling, Tilings
+from consilium.gpu.tiling import USUAL, Batch, Blocks, Tiling, Tilings
 from consilium.models import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def form_key(form: ExpertForm) -> str:
 
 def tilings_for(form: ExpertForm, device: torch.device) -> Tilings:
     """What was measured for experts of this form, else the usual ones."""
-    usual = INTEGER_TILINGS if form.rows is torch.int8 else FLOAT_TILINGS
+    usual = USUAL[form.rows]
     path = table_path(device)
     try:
         kept = json.loads(path.read_text()).get(form_key(form))

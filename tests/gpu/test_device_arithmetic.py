@@ -25,6 +25,7 @@ from expert_service.device_proof import prove
 from expert_service.frame_computer import FrameComputer
 from expert_service.holdings import Holdings
 from expert_service.sources import PlacedWeights
+from expert_service.speed import measure
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
 from tests.gpu.test_experts import SMALL, expert
@@ -173,6 +174,15 @@ def test_an_expert_that_finds_no_memory_is_not_held(monkeypatch: pytest.MonkeyPa
     holdings.load((0, 2))
     holdings.drop((0, 1))
     assert store.nbytes == HELD[2].nbytes()
+
+
+def test_how_fast_it_is_while_others_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes belong to one thread; what is measured has its own."""
+    device = make_device(monkeypatch)
+    arithmetic, experts = device.samples(HELD[0])
+    assert arithmetic is not device.arithmetic
+    assert all(0 < nanoseconds < 10**10 for nanoseconds in measure(arithmetic, experts, HIDDEN))
+    assert device.busy_seconds == 0
 
 
 def _out_of_memory(*_: object) -> ExpertWeights:

@@ -9,7 +9,7 @@ import torch
 
 from consilium.gpu import samples, tune
 from consilium.gpu.experts import ExpertForm
-from consilium.gpu.tiling import FLOAT_TILINGS, INTEGER_TILINGS, Batch, batch_of, nearest
+from consilium.gpu.tiling import HALF_TILINGS, INTEGER_TILINGS, Batch, batch_of, nearest
 from consilium.gpu.tuned import float_class, keep, table_path, tilings_for
 from tests.gpu.test_experts import APART, SMALL
 
@@ -29,7 +29,7 @@ def test_kept_and_found_again(device: torch.device) -> None:
     keep(FLOATS, device, measured[:1])
     assert tilings_for(FORM, device) == measured
     assert tilings_for(FLOATS, device) == measured[:1]
-    assert tilings_for(ExpertForm(128, 32, torch.bfloat16, torch.int8, torch.float32), device) is FLOAT_TILINGS
+    assert tilings_for(ExpertForm(128, 32, torch.bfloat16, torch.int8, torch.float32), device) is HALF_TILINGS
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"64x32-int8-int8": [{"experts": 0}]}', '{"64x32-int8-int8": 3}'])
