@@ -84,6 +84,12 @@ class ExpertUnavailable(ConsiliumError):
     retryable = True
 
 
+class Cancelled(ExpertUnavailable):
+    """Whoever asked has said that the answer is not wanted any more."""
+
+    grpc_code = "CANCELLED"
+
+
 class StalePlacement(ConsiliumError):
     """A worker was asked for an expert, or a weight version, that it does not hold (any more)."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 
 from consilium.errors import (
+    Cancelled,
     ConfigError,
     ConsiliumError,
     DeadlineExceeded,
@@ -87,7 +88,7 @@ _ERRORS: dict[str, type[ConsiliumError]] = {
     "NOT_FOUND": UnknownModel,
     "RESOURCE_EXHAUSTED": Overloaded,
     "UNAVAILABLE": ExpertUnavailable,
-    "CANCELLED": ExpertUnavailable,
+    "CANCELLED": Cancelled,
     "ABORTED": ExpertUnavailable,
     "FAILED_PRECONDITION": StalePlacement,
     "DEADLINE_EXCEEDED": DeadlineExceeded,

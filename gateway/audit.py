@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consilium.frames import Frame
-from gateway.worker import Worker
+from gateway.worker import Worker, WorkerProcess
 
 PATIENCE = 10.0  # seconds that the second answer may take after the frame was sent
 
@@ -22,8 +22,8 @@ class Audit:
     """One frame that several workers of one numerics class compute."""
 
     frame: Frame
-    waiting: int = 0  # workers that have been asked and have not answered
-    asked: set[str] = field(default_factory=set)  # addresses
+    asked: dict[str, WorkerProcess]  # by address, whether they have answered or not
+    waiting: int = 1  # of them, those that have not answered
     answers: list[tuple[Worker, Tensor]] = field(default_factory=list)  # with their rows [P, D]
     releases: list[Callable[[], None]] = field(default_factory=list)
 
@@ -33,9 +33,20 @@ class Audit:
         self.answers.append((worker, rows))
         self.releases.append(release)
 
+    @property
+    def numerics_class(self) -> str:
+        """Of all of them."""
+        return next(iter(self.asked.values())).numerics_class
+
+    @property
+    def unsupported(self) -> bool:
+        """Whether there is but one answer, and it has what is no number: so its worker or the model is damaged."""
+        return len(self.answers) == 1 and not self.answers[0][1].isfinite().all()
+
     def release(self) -> None:
         """Nobody needs the rows any more."""
-        for release in self.releases:
+        releases, self.releases = self.releases, []
+        for release in releases:
             release()
 
     def verdict(self, truth: Tensor | None = None) -> tuple[Tensor | None, list[Worker]]:

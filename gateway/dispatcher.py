@@ -54,10 +54,14 @@ class Dispatcher:
         self.crew.give_up()
         outputs = ExpertOutputs(batches.places, batches.rows.shape[1], self._row_dtype)
         call = LayerCall(self.crew, layer, batches, outputs, self.clock)
-        await call.run()
+        try:
+            await call.run()
+        except BaseException:  # the step is given up: nobody will take what is there
+            outputs.release()
+            raise
         waits = call.waits
         self.clock.waited(waits.seconds, waits.queue_us / 1e6, waits.compute_us / 1e6)
-        return outputs, call.failures
+        return outputs, call.rows.failures
 
     @property
     def same_host(self) -> bool:
@@ -66,4 +70,4 @@ class Dispatcher:
 
     def take_stats(self) -> list[WorkerStats]:
         """What each worker did since the last call."""
-        return self.crew.take_stats()
+        return self.crew.work.take()

@@ -30,10 +30,34 @@ class RowTimes:
         else:
             self._limits[size] = limit * (1 - STEP * (1 - SHARE))
 
+    def not_within(self, rows: int, seconds: float) -> None:
+        """A frame of so many rows was given up unanswered after so many seconds; that says something if it was late."""
+        limit = self.limit(rows)
+        if limit is not None and seconds > limit:
+            self.add(rows, seconds)
+
     def limit(self, rows: int) -> float | None:
         """Seconds after which a frame of so many rows is late; None while that is not known."""
         size = rows.bit_length()
         return max(LEAST, self._limits[size]) if self._counts.get(size, 0) >= LEARNT else None
+
+
+class AnswerTimes:
+    """The same for all workers, by address."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, RowTimes] = {}
+
+    def of(self, address: str) -> RowTimes:
+        """How long this one takes."""
+        times = self._times.get(address)
+        if times is None:
+            times = self._times[address] = RowTimes()
+        return times
+
+    def forget(self, address: str) -> None:
+        """It is another process now."""
+        self._times.pop(address, None)
 
 
 class HedgeBudget:

@@ -37,13 +37,15 @@ class Awaited(Protocol):
 class Completion(Generic[T]):
     """A result that another thread will post; engine coroutines await it."""
 
-    __slots__ = ("_on_expiry", "deadline", "outcome", "then")
+    __slots__ = ("_on_expiry", "_on_withdrawal", "_then", "deadline", "outcome")
 
-    def __init__(self, deadline: float, on_expiry: Callable[[], None]) -> None:
+    def __init__(
+        self, deadline: float, on_expiry: Callable[[], None], on_withdrawal: Callable[[], None] | None = None
+    ) -> None:
         self.deadline = deadline  # on time.monotonic's clock
         self.outcome: T | Exception | None = None
-        self._on_expiry = on_expiry
-        self.then: Callable[[T | Exception], None] | None = None  # told of the outcome, where nobody awaits it
+        self._on_expiry, self._on_withdrawal = on_expiry, on_withdrawal
+        self._then: Callable[[T | Exception], None] | None = None
 
     def __await__(self) -> Generator[Completion[T], None, T]:
         while self.outcome is None:
@@ -56,8 +58,19 @@ class Completion(Generic[T]):
         """Set the outcome; the first one stands."""
         if self.outcome is None:
             self.outcome = outcome
-            if self.then is not None:
-                self.then(outcome)
+            if self._then is not None:
+                self._then(outcome)
+
+    def hand_over(self, then: Callable[[T | Exception], None]) -> None:
+        """Nobody will await it: have ``then`` told of the outcome, at once if it is there."""
+        self._then = then
+        if self.outcome is not None:
+            then(self.outcome)
+
+    def withdraw(self) -> None:
+        """Say where it comes from that nobody wants it any more; there is an outcome all the same, perhaps sooner."""
+        if self.outcome is None and self._on_withdrawal is not None:
+            self._on_withdrawal()
 
     def expire(self) -> None:
         """Give up waiting."""

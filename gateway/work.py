@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.messages import EXPERT_CALL_ROWS, WorkerStats
-from gateway.worker import Reply
+from gateway.worker import Reply, Worker
 
 # Why a frame is sent: at first, because another worker failed, or is late, or to compare with another's answer.
 Kind = Enum("Kind", ["FIRST", "RETRY", "HEDGE", "AUDIT"])
@@ -91,3 +91,22 @@ class Work:
             wire_seconds=self.wire_seconds,
             expert_calls=calls,
         )
+
+
+class WorkBook:
+    """The same for all workers, by address."""
+
+    def __init__(self) -> None:
+        self._works: dict[str, Work] = {}
+
+    def of(self, worker: Worker) -> Work:
+        """Where to count what it does."""
+        work = self._works.get(worker.address)
+        if work is None:
+            work = self._works[worker.address] = Work(worker.group)
+        return work
+
+    def take(self) -> list[WorkerStats]:
+        """What each worker did since the last call."""
+        works, self._works = self._works, {}
+        return [each.stats(address) for address, each in works.items()]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ class Reply:
     bytes_sent: int
     bytes_received: int
     release: Callable[[], None] = lambda: None  # of the memory that the rows lie in
+
+
+class WorkerProcess(NamedTuple):
+    """Who answers at an address, until it is started anew."""
+
+    identity: str
+    numerics_class: str
+
+
+NOT_KNOWN = WorkerProcess("", "")
 
 
 class Worker(Protocol):

@@ -38,6 +38,7 @@ def audited(checkpoint: Checkpoint, mailbox: Mailbox, workers: int) -> tuple[Dis
     local: LocalExperts = dispatcher.crew.local()
     for worker in replicas:
         worker.compute, worker.numerics_class = local.rows, local.numerics_class
+    follow(dispatcher, replicas)
     return dispatcher, replicas
 
 
@@ -132,6 +133,7 @@ def test_a_second_worker_that_fails_or_rounds_otherwise_changes_nothing(
         assert not failures
         worker.misbehave = lambda _: None
     workers[0].spoil, workers[0].numerics_class = lie, "another"
+    follow(dispatcher, workers)
     asked = sum(len(worker.frames) for worker in workers)
     dispatched(dispatcher, mailbox)
     assert sum(len(worker.frames) for worker in workers) == asked + 1
@@ -140,7 +142,7 @@ def test_a_second_worker_that_fails_or_rounds_otherwise_changes_nothing(
 def test_a_second_worker_that_does_not_answer_is_waited_for_only_so_long(
     checkpoint: Checkpoint, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.layer_call.PATIENCE", 0.05)
+    monkeypatch.setattr("gateway.layer_audits.PATIENCE", 0.05)
     dispatcher, workers = audited(checkpoint, mailbox, 2)
     right, _ = dispatched(dispatcher, mailbox)
     for worker in workers:
@@ -163,6 +165,8 @@ def test_a_liar_that_is_in_several_frames_of_one_layer(
     local = dispatcher.crew.local()
     for worker in workers:
         worker.compute, worker.numerics_class = local.rows, local.numerics_class
+    held = {each.address: [(1, expert) for expert in set_] for each, set_ in zip(workers, experts, strict=True)}
+    dispatcher.follow(build_placement(held), {each.address: each for each in workers})
     right, _ = dispatched(dispatcher, mailbox)
     if at_once:
         monkeypatch.setattr(mailbox, "settle", lambda completion, outcome: completion.settle(outcome))
@@ -175,7 +179,6 @@ def test_a_liar_that_is_in_several_frames_of_one_layer(
             assert torch.equal(found, right)
             assert not failures
             liar.spoil, liar.identity = lambda rows: rows, liar.identity + "+"
-            held = {each.address: [(1, expert) for expert in set_] for each, set_ in zip(workers, experts, strict=True)}
             dispatcher.follow(build_placement(held), {each.address: each for each in workers})
     while mailbox.receive(0):
         pass

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from consilium.gate import Routing, softmax_top_k
 from gateway.batches import combine, group_by_expert
-from gateway.layer_call import build_frame
+from gateway.framing import build_frame
 from tests.local_workers import outputs_of
 
 

@@ -72,7 +72,7 @@ def test_large_frames_go_in_pieces_but_not_over_local_links(
 ) -> None:
     whole, _ = local_dispatcher(checkpoint, mailbox, [[0, 3], [1, 2]])
     expected, _ = dispatched(whole, mailbox)
-    monkeypatch.setattr("gateway.layer_call.PIECE_BYTES", 64 * 4)  # one row
+    monkeypatch.setattr("gateway.frames_in_flight.PIECE_BYTES", 64 * 4)  # one row
     dispatcher, workers = local_dispatcher(checkpoint, mailbox, [[0, 3], [1, 2]])
     workers[1].local_link = True
     found, failures = dispatched(dispatcher, mailbox)
@@ -84,7 +84,7 @@ def test_large_frames_go_in_pieces_but_not_over_local_links(
 def test_a_piece_that_fails_is_had_elsewhere_and_the_others_count(
     checkpoint: Checkpoint, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.layer_call.PIECE_BYTES", 64 * 4)
+    monkeypatch.setattr("gateway.frames_in_flight.PIECE_BYTES", 64 * 4)
     dispatcher, workers = local_dispatcher(checkpoint, mailbox, [[0, 1, 2, 3], [0, 1, 2, 3]])
     first = workers[0]
     first.misbehave = lambda _: ExpertUnavailable("gone") if len(first.frames) == 1 else None

@@ -91,7 +91,7 @@ def test_the_dispatcher_leaves_it_alone_probes_it_and_takes_it_back(checkpoint: 
     config = GatewayConfig(layer_timeout=10, audit=0, ejection_time=1000)
     dispatcher, (bad, good) = local_dispatcher(checkpoint, mailbox, [range(4), range(4)], config=config)
     clock, changes = Clock(), list[dict[str, str]]()
-    dispatcher.crew.ejections = Ejections(10, clock)
+    dispatcher.crew.probation.ejections = Ejections(10, clock)
     dispatcher.crew.on_change = lambda: changes.append(dispatcher.crew.out())
     bad.misbehave = lambda _: WireError("garbage")
     for _ in range(4 * FAILURES):

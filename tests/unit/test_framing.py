@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pieces import in_turn, split
+from gateway.framing import in_turn, split
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.data(), st.integers(1, 40))
