@@ -81,7 +81,7 @@ class LayerRows:
     def account(self) -> None:
         """Fail what nothing has become of. There is none unless the dispatcher is wrong; then zeros would be used."""
         slots, addresses = self._batches.slots, self._outputs.addresses
-        if addresses[slots].all():
+        if np.count_nonzero(addresses) == len(slots):  # only these have ever been placed
             return
         left_out = self._outputs.left_out
         there = (addresses[slots] != 0) | np.isin(slots, () if left_out is None else left_out)
