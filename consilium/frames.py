@@ -17,7 +17,7 @@ from consilium.kernels.routing import in_order
 from consilium.wire import Memory, Place, decode_tensor, encode_tensor
 from protos.expert.v1 import expert_pb2
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

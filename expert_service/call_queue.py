@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from consilium.errors import DeadlineExceeded, Overloaded
+from consilium.errors import Cancelled, DeadlineExceeded, Overloaded
 from expert_service.calls import Call, Computed
 
 # So many times in a row may decode pass prompts that wait; then they have their turn.
@@ -17,24 +17,20 @@ MOST_OVERTAKEN = 8
 Outcome = Computed | Exception
 
 
-class CancelledCallError(Exception):
-    """The caller gave the call up; nothing is answered."""
-
-
 @dataclass(slots=True, eq=False)
 class Job:
-    """One call that was taken. ``answer`` is called once, on the thread that computes, unless it was cancelled."""
+    """One call that was taken. ``answer`` is called once, on the thread that computes."""
 
     call: Call
     size: int  # bytes, with those of its result
     answer: Callable[[Outcome], object]
     received: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
+    cancelled: bool = False  # nobody wants the answer any more; it may be set by any thread
 
     def check(self) -> None:
         """Raises when nobody wants the answer any more."""
         if self.cancelled:
-            raise CancelledCallError
+            raise Cancelled("cancelled by its caller before it was computed")
         limit = self.call.deadline_ms
         if limit and time.monotonic() > self.received + limit / 1e3:
             raise DeadlineExceeded(f"not answered within its {limit} ms; this worker is overloaded")
@@ -71,9 +67,13 @@ class CallQueue:
         """The next job, and others of its kind that share experts with it, up to ``most_pairs`` in all.
 
         Jobs that share none are left apart: they read no weights twice, and the first one's rows need not wait.
-        Nothing when the queue is empty.
+        Those that were cancelled come before all others. Nothing when the queue is empty.
         """
         with self._lock:
+            cancelled = [job for waiting in (self._decode, self._prefill) for job in waiting if job.cancelled]
+            if cancelled:
+                self._remove(cancelled)
+                return cancelled
             passes = self._decode and not (self._prefill and self._overtaken >= MOST_OVERTAKEN)
             self._overtaken = self._overtaken + 1 if passes and self._prefill else 0
             waiting = self._decode if passes else self._prefill
@@ -90,6 +90,10 @@ class CallQueue:
                     kept.append(job)
             waiting.extendleft(reversed(kept))
             return taken
+
+    def _remove(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            (self._prefill if job.call.prefill else self._decode).remove(job)
 
     def done(self, job: Job) -> None:
         """A job that was taken is answered, or will not be."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from consilium.errors import ConsiliumError
-from expert_service.call_queue import CallQueue, CancelledCallError, Job, Outcome
+from expert_service.call_queue import CallQueue, Job, Outcome
 from expert_service.calls import Call
 from expert_service.frame_computer import Begun, FrameComputer
 
@@ -127,10 +127,9 @@ class Executor:
         self.busy_seconds += time.monotonic() - started
         for job, outcome in zip(jobs, outcomes, strict=True):
             if isinstance(outcome, Exception):
-                if not isinstance(outcome, ConsiliumError | CancelledCallError):
+                if not isinstance(outcome, ConsiliumError):
                     logger.error("call for layer %d failed", job.call.layer, exc_info=outcome)
                 outcome.__traceback__ = None  # its frames hold shared memory, and one of them holds the error
-            if not job.cancelled:
-                job.answer(outcome)
+            job.answer(outcome)
             self.on_done(job, outcome)
             self.queue.done(job)

@@ -39,7 +39,7 @@ class Take(Protocol):
 
 
 class LocalLink:
-    """Every call gets an answer of its own, unless the caller cancelled it or is gone."""
+    """Every call gets an answer of its own, also one that is cancelled: until then its block is not the caller's."""
 
     def __init__(self, link: socket.socket, memory: SharedMemory, form: RowFormat, take: Take) -> None:
         self._socket, self._memory, self._form, self._take = link, memory, form, take
@@ -79,7 +79,7 @@ class LocalLink:
         if packet[0] == CALL:
             self._start(CallPacket.unpack(packet))
             return
-        job = self._jobs.pop(unpack_cancel(packet), None)
+        job = self._jobs.get(unpack_cancel(packet))
         if job is not None:
             job.cancelled = True
 
@@ -96,7 +96,8 @@ class LocalLink:
             self._send(pack_error(call_id, to_call_error(error).SerializeToString()))
 
     def _answer(self, call_id: int, outcome: Outcome) -> None:
-        del self._jobs[call_id]
+        if self._jobs.pop(call_id, None) is None:  # the caller is gone
+            return
         if isinstance(outcome, Exception):
             self._send(pack_error(call_id, to_call_error(outcome).SerializeToString()))
         else:

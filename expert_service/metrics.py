@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from consilium import __version__
 from consilium.errors import ConfigError, ConsiliumError
-from expert_service.call_queue import CancelledCallError, Job, Outcome
+from expert_service.call_queue import Job, Outcome
 from expert_service.device import WorkerDevice
 from expert_service.executor import Executor
 from expert_service.store import ExpertStore
@@ -80,9 +80,7 @@ class ServiceMetrics:
     def done(self, job: Job, outcome: Outcome) -> None:
         """A call that was taken is answered; called by the thread that computes."""
         self._received.inc(job.call.nbytes)
-        if job.cancelled or isinstance(outcome, CancelledCallError):
-            self._count("cancelled")
-        elif isinstance(outcome, Exception):
+        if isinstance(outcome, Exception):
             self._count(_outcome_of(outcome))
         else:
             self._ok.inc()

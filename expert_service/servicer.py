@@ -107,11 +107,11 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     def submit(self, message: expert_pb2.Call, attachment: Attachment | None = None) -> Answer:
         """Queue a call of the event loop. Raises as :meth:`take` does; cancel the future to give it up."""
         loop = asyncio.get_running_loop()
-        answer: Answer = loop.create_future()
+        answer = Answer(loop=loop)
         settle = partial(_settle, answer)
         call = MessageCall(message, attachment)
-        job = self.take(call, lambda outcome: loop.call_soon_threadsafe(settle, outcome))
-        answer.add_done_callback(lambda done: _cancel(job) if done.cancelled() else None)
+        answer.job = self.take(call, lambda outcome: loop.call_soon_threadsafe(settle, outcome))
+        answer.add_done_callback(lambda done: answer.withdraw() if done.cancelled() else None)
         return answer
 
     def take(self, call: Call, answer: Callable[[Outcome], object]) -> Job:
@@ -157,7 +157,3 @@ def _settle(answer: Answer, outcome: Outcome) -> None:
         answer.set_exception(outcome)
     else:
         answer.set_result(outcome)
-
-
-def _cancel(job: Job) -> None:
-    job.cancelled = True

@@ -11,19 +11,31 @@ from consilium.attachment import Attachment, Parts
 from consilium.errors import ConsiliumError, InvalidRequest
 from consilium.frames import encode_result
 from consilium.rpc import to_call_error
+from expert_service.call_queue import Job
 from expert_service.calls import Computed
 from protos.expert.v1 import expert_pb2
 
 logger = logging.getLogger(__name__)
 
-Answer = asyncio.Future[Computed]
+
+class Answer(asyncio.Future[Computed]):
+    """What a call comes to. To cancel it is for a caller that is gone: then nobody is answered."""
+
+    job: Job | None = None
+
+    def withdraw(self) -> None:
+        """Nobody wants it any more. It comes all the same: a call that waits is dropped and answered with Cancelled."""
+        if self.job is not None:
+            self.job.cancelled = True
+
+
 Request = tuple[expert_pb2.ForwardRequest, Attachment | None]
 # Queues a call, or raises.
 Submit = Callable[[expert_pb2.Call, Attachment | None], Answer]
 
 
 class ForwardStream:
-    """Nothing a caller sends ends it: every call gets an answer of its own, unless the caller cancelled it."""
+    """Nothing a caller sends ends it: every call gets an answer of its own, also one that is cancelled."""
 
     def __init__(self, submit: Submit, max_unread: int) -> None:
         """No more calls are read while more than ``max_unread`` bytes of answers wait for the caller to read them."""
@@ -97,11 +109,11 @@ class ForwardStream:
             answer.add_done_callback(partial(self._finish, call.call_id, attachment is not None))
 
     def _cancel(self, call_id: int) -> None:
-        answer = self._computing.pop(call_id, None)
+        answer = self._computing.get(call_id)
         if answer is not None:  # otherwise it is answered already
-            answer.cancel()
+            answer.withdraw()
 
-    def _finish(self, call_id: int, attach: bool, answer: Answer) -> None:
+    def _finish(self, call_id: int, attach: bool, answer: asyncio.Future[Computed]) -> None:
         if not answer.cancelled():
             del self._computing[call_id]
             error = answer.exception()

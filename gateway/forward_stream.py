@@ -53,13 +53,16 @@ class ForwardStream:
         self._pending[call_id] = _Pending(completion, time.monotonic(), len(request))
         self._outgoing.put_nowait(request)
 
+    def cancel(self, call_id: int) -> None:
+        """Tell the worker that nobody wants a call, if it is open; it is answered all the same, perhaps sooner."""
+        if call_id in self._pending:
+            request = expert_pb2.ForwardRequest(cancel=expert_pb2.Cancel(call_id=call_id))
+            self._outgoing.put_nowait(request.SerializeToString())
+
     def give_up(self, call_id: int) -> bool:
-        """Whether the call was still open; the worker is told that nobody wants it."""
-        if self._pending.pop(call_id, None) is None:
-            return False
-        request = expert_pb2.ForwardRequest(cancel=expert_pb2.Cancel(call_id=call_id))
-        self._outgoing.put_nowait(request.SerializeToString())
-        return True
+        """Whether the call was still open; the worker is told that nobody wants it, and what it answers is ignored."""
+        self.cancel(call_id)
+        return self._pending.pop(call_id, None) is not None
 
     def fail(self, error: ConsiliumError) -> None:
         """Every call in flight fails with ``error``."""

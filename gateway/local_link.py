@@ -12,6 +12,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +22,16 @@ from torch import Tensor
 
 from consilium.errors import ConsiliumError, ExpertUnavailable, WireError
 from consilium.frames import PROTOCOL_VERSION, Frame
-from consilium.link_packets import ERROR, RESULT, Block, CallPacket, RowFormat, unpack_error, unpack_result
+from consilium.link_packets import (
+    ERROR,
+    RESULT,
+    Block,
+    CallPacket,
+    RowFormat,
+    pack_cancel,
+    unpack_error,
+    unpack_result,
+)
 from consilium.local_socket import PACKET, new_socket, send_with_descriptor, socket_address
 from consilium.rpc import from_call_error
 from consilium.shared_memory import Regions, SharedMemory
@@ -77,6 +87,14 @@ class LocalLink:
             self._socket.send(packet.pack())
         except OSError as error:  # gone, or it hangs and does not read
             self.lose(ExpertUnavailable(f"its local socket takes nothing: {error.strerror}"))
+        return True
+
+    def cancel(self, call_id: int) -> bool:
+        """Whether the call is open. The worker is told that nobody wants it, and answers when it leaves its block."""
+        if call_id not in self._pending:
+            return False
+        with suppress(OSError):  # it does not read, or is gone, as others will find out
+            self._socket.send(pack_cancel(call_id))
         return True
 
     def give_up(self, call_id: int) -> bool:

@@ -131,7 +131,9 @@ class WorkerConnection:
         """Start one call; its outcome comes through the mailbox."""
         call_id = next(self._call_ids)
         milliseconds = max(1, int((deadline - time.monotonic()) * 1e3))
-        completion: Completion[Reply] = Completion(deadline, lambda: self._expire(call_id))
+        completion: Completion[Reply] = Completion(
+            deadline, lambda: self._expire(call_id), lambda: self._withdraw(call_id)
+        )
         link = self._link
         if link is None or not link.open or not link.send(call_id, frame, milliseconds, completion):
             parts = Parts()
@@ -144,6 +146,11 @@ class WorkerConnection:
         link = self._link  # once: the I/O thread may take it away at any time
         if link is None or not link.give_up(call_id):
             self._call_loop(lambda: self._give_up(call_id))
+
+    def _withdraw(self, call_id: int) -> None:
+        link = self._link
+        if link is None or not link.cancel(call_id):
+            self._call_loop(lambda: self._cancel(call_id))
 
     def _call_loop(self, function: Callable[[], None]) -> None:
         self._loop.call_soon_threadsafe(function)
@@ -247,6 +254,11 @@ class WorkerConnection:
             self._mailbox.settle(completion, ExpertUnavailable(self.detail))
         else:
             stream.start(call_id, request, completion)
+
+    def _cancel(self, call_id: int) -> None:
+        for stream in (self._decode, self._prefill):
+            if stream is not None:
+                stream.cancel(call_id)
 
     def _give_up(self, call_id: int) -> None:
         """A call ran out of time. The worker may hang: no more frames until it has answered Describe again."""

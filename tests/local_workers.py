@@ -99,13 +99,14 @@ class LocalWorker:
     spoil: Callable[[Tensor], Tensor] = lambda rows: rows
     silent: bool = False  # answers only when :meth:`wake` is called
     released: int = 0  # answers whose memory was given back
+    withdrawn: int = 0  # frames that nobody waited for any more
     _unanswered: list[Callable[[], None]] = field(default_factory=list)
 
     def time_limit(self, pairs: int) -> float:  # noqa: ARG002 (the protocol's)
         return 10.0
 
     def send(self, frame: Frame, deadline: float) -> Completion[Reply]:
-        completion: Completion[Reply] = Completion(deadline, lambda: None)
+        completion: Completion[Reply] = Completion(deadline, lambda: None, self._withdraw)
         self.frames.append(frame)
         if self.silent:
             self._unanswered.append(partial(self._answer, frame, completion))
@@ -127,6 +128,9 @@ class LocalWorker:
         else:
             rows = partial(decode_result, encode_result(self.spoil(self.compute(frame)), 0, 0))
             self.mailbox.settle(completion, Reply(rows, 0, 0, 1e-4, 1, 1, self._release))
+
+    def _withdraw(self) -> None:
+        self.withdrawn += 1
 
     def _release(self) -> None:
         self.released += 1

@@ -40,7 +40,7 @@ def test_describe(float_worker: Process, int8_worker: Process, tiny_mixtral: Pat
             stub = expert_pb2_grpc.ExpertServiceStub(channel)
             found.append(stub.Describe(expert_pb2.DescribeRequest(), timeout=10))
     exact, int8 = found
-    assert (exact.protocol_version, exact.group, exact.device) == (3, "experts", "cpu")
+    assert (exact.protocol_version, exact.group, exact.device) == (4, "experts", "cpu")
     assert exact.model == "tiny"
     assert exact.model_fingerprint == int8.model_fingerprint == checkpoint.fingerprint
     assert exact.worker_id != int8.worker_id

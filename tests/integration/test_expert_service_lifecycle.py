@@ -58,15 +58,16 @@ def test_calls_are_answered_while_another_is_computed(worker: Process) -> None:
         stream.finish()
 
 
-def test_a_cancelled_call_is_not_answered(worker: Process) -> None:
+def test_a_cancelled_call_is_dropped_and_answered(worker: Process) -> None:
     with connected(worker.address) as channel:
         stream = Conversation(channel)
         stream.send(slow_call(1), slow_call(2), quick_call(3))
         stream.cancel(2)
         stream.finish()
         answers = stream.receive_all()
-    assert [response.call_id for response in answers] == [1, 3]
-    assert all(response.HasField("result") for response in answers)
+    assert [response.call_id for response in answers] == [1, 2, 3]
+    assert answers[1].error.code == "CANCELLED"
+    assert all(answers[each].HasField("result") for each in (0, 2))
 
 
 def test_a_late_call_fails_and_the_others_do_not(worker: Process) -> None:

@@ -28,7 +28,7 @@ from expert_service.local_listener import SUFFIX
 from gateway.local_link import open_link
 from gateway.mailbox import Mailbox
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
-from tests.integration import test_worker_pool
+from tests.integration import fake_workers
 from tests.integration.completions import DEADLINE_SECONDS, Completion, await_metric, body_of, complete, events, metric
 from tests.integration.grpc_client import SECONDS, connected, conversation, make_frame, rows_of
 from tests.links import Answer, packet_of, place, read_answer, result_rows
@@ -243,9 +243,9 @@ def test_a_gateway_falls_back_and_says_why(worker: Process, caplog: pytest.LogCa
     sockets = list(describe(worker).local_sockets)
 
     async def main() -> None:
-        lie = test_worker_pool.describe(worker_id="f" * 32, local_sockets=sockets)
-        async with test_worker_pool.serving(lie) as (liar,), test_worker_pool.following(liar.address) as gateway:
-            view = await gateway.until(test_worker_pool.connected(liar))
+        lie = fake_workers.describe(worker_id="f" * 32, local_sockets=sockets)
+        async with fake_workers.serving(lie) as (liar,), fake_workers.following(liar.address) as gateway:
+            view = await gateway.until(fake_workers.connected(liar))
             assert [each.transport for each in view.statuses] == ["grpc"]
             call = gateway.send(liar)
             liar.answer(await liar.receive_call())

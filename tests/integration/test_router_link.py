@@ -17,7 +17,7 @@ from gateway.worker_connection import Expectations
 from gateway.worker_pool import WorkerPool
 from protos.router.v1 import router_pb2, router_pb2_grpc
 from protos.tensor.v1 import tensor_pb2
-from tests.integration.test_worker_pool import (
+from tests.integration.fake_workers import (
     ALL,
     MAX_FRAME,
     MODEL,

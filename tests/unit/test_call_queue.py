@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from consilium.errors import DeadlineExceeded, Overloaded
+from consilium.errors import Cancelled, DeadlineExceeded, Overloaded
 from consilium.frames import Frame
 from consilium.link_packets import RowFormat
-from expert_service.call_queue import MOST_OVERTAKEN, CallQueue, CancelledCallError, Job
+from expert_service.call_queue import MOST_OVERTAKEN, CallQueue, Job
 
 
 @dataclass
@@ -170,6 +170,14 @@ def test_empty_is_told_at_once_or_when_the_last_call_is_done() -> None:
     assert told == ["at once", "later"]
 
 
+def test_what_was_cancelled_comes_first_and_alone() -> None:
+    jobs = [job(number) for number in range(5)]
+    waiting = queue(*jobs)
+    jobs[1].cancelled = jobs[3].cancelled = True
+    assert waiting.take(1) == [jobs[1], jobs[3]]
+    assert [waiting.take(1) for _ in range(4)] == [[jobs[0]], [jobs[2]], [jobs[4]], []]
+
+
 def test_a_job_that_nobody_wants_says_so() -> None:
     wanted = job(1)
     wanted.call.deadline_ms = 60_000
@@ -178,5 +186,5 @@ def test_a_job_that_nobody_wants_says_so() -> None:
     with pytest.raises(DeadlineExceeded, match="its 60000 ms"):
         wanted.check()
     wanted.cancelled = True
-    with pytest.raises(CancelledCallError):
+    with pytest.raises(Cancelled):
         wanted.check()

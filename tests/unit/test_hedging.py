@@ -13,7 +13,7 @@ from consilium.config import GatewayConfig
 from consilium.errors import ExpertUnavailable
 from consilium.frames import Frame
 from gateway.dispatcher import Dispatcher
-from gateway.hedging import BURST, LEARNT, HedgeBudget, RetryBudget, RowTimes
+from gateway.hedging import BURST, LEARNT, SHARE, STEP, HedgeBudget, RetryBudget, RowTimes
 from gateway.mailbox import Completion, FirstOf, Mailbox
 from tests.local_workers import LocalWorker, local_dispatcher
 from tests.tiny_models import save_mixtral
@@ -42,6 +42,17 @@ def test_the_limit_is_passed_by_one_frame_in_twenty_and_follows() -> None:
             passed += seconds > limit
             times.add(8, seconds)
         assert 0.03 < passed / 4000 < 0.07
+
+
+def test_what_was_given_up_says_something_only_where_it_was_late() -> None:
+    times = RowTimes()
+    times.not_within(8, 5)  # nothing is known
+    for _ in range(LEARNT):
+        times.add(8, 0.1)
+    times.not_within(8, 0.05)
+    assert times.limit(8) == 0.1
+    times.not_within(8, 0.2)
+    assert times.limit(8) == pytest.approx(0.1 * (1 + STEP * SHARE))
 
 
 def test_sizes_are_apart_and_a_few_frames_say_nothing() -> None:
@@ -129,6 +140,7 @@ def test_what_is_late_is_had_elsewhere_and_the_late_one_is_left_alone_until_it_a
     assert len(two.first.frames) == asked + 1
     stats = {each.address: each for each in two.dispatcher.take_stats()}
     assert (stats[two.first.address].late, stats[two.second.address].hedges) == (1, 1)
+    assert (two.first.withdrawn, two.second.withdrawn) == (1, 0)
     for _ in range(3):
         two.prefer(two.first)
         dispatched(two.dispatcher, mailbox)

@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 
 from consilium.config import RowDType
-from consilium.errors import ConsiliumError, ExpertUnavailable, StalePlacement, WireError
+from consilium.errors import Cancelled, ConsiliumError, ExpertUnavailable, StalePlacement, WireError
 from consilium.frames import Frame, encode_call
-from consilium.link_packets import CALL, ERROR, CallPacket, RowFormat, pack_cancel, pack_error, pack_result
+from consilium.link_packets import (
+    CALL,
+    ERROR,
+    CallPacket,
+    RowFormat,
+    pack_cancel,
+    pack_error,
+    pack_result,
+    unpack_cancel,
+)
 from consilium.local_socket import PACKET
 from consilium.quantization import quantize_rows
+from consilium.rpc import to_call_error
 from consilium.shared_memory import ALIGNMENT, SharedMemory
 from expert_service.executor import Executor
 from expert_service.local_link import LocalLink as WorkerLink
@@ -296,6 +306,20 @@ def test_answers_that_nobody_asked_for_are_left_alone(gateway: Gateway) -> None:
     assert not gateway.unavailable
     assert gateway.link._regions.take(SIZE) is None, "rows that are not released are still in use"
     reply.release()
+    gateway.assert_nothing_in_use()
+
+
+def test_a_call_that_nobody_wants_keeps_its_block_until_the_worker_has_answered(gateway: Gateway) -> None:
+    call = gateway.must_send(make_frame(3))
+    call_id = gateway.receive().call_id
+    assert gateway.link.cancel(call_id)
+    assert unpack_cancel(memoryview(gateway.peer.recv(PACKET))) == call_id
+    assert gateway.link._regions.take(SIZE) is None
+    assert call.outcome is None
+    gateway.refuse(call_id, to_call_error(Cancelled("not computed")))
+    gateway.read_all()
+    assert isinstance(call.outcome, Cancelled)
+    assert not gateway.link.cancel(call_id), "it is answered"
     gateway.assert_nothing_in_use()
 
 

@@ -247,7 +247,8 @@ def test_an_id_in_use_a_cancel_and_a_disconnect() -> None:
     caller.socket.send(pack_cancel(3))
     gate.opened.set()
     in_use = Answer(2, "INVALID_ARGUMENT: call id 2 is in use on this link")
-    assert [caller.receive() for _ in range(3)] == [Answer(1), in_use, Answer(2)]
+    dropped = Answer(3, "CANCELLED: cancelled by its caller before it was computed")
+    assert [caller.receive() for _ in range(4)] == [Answer(1), in_use, dropped, Answer(2)]
     caller.send_small(3, pairs=15)  # it is free again
     assert caller.receive() == Answer(3)
     assert gate.computed == [11, 12, 15]

@@ -42,7 +42,7 @@ class Caller:
         assert attachment is None
         if call.call_id == 77:
             raise RuntimeError("a bug")
-        answer: Answer = asyncio.get_running_loop().create_future()
+        answer = Answer()
         self.submitted[call.call_id] = answer
         return answer
 
@@ -155,7 +155,7 @@ def test_rows_are_attached_when_the_call_came_with_an_attachment() -> None:
 
         def submit(_call: expert_pb2.Call, attachment: Attachment | None) -> Answer:
             taken.append(attachment)
-            answer: Answer = asyncio.get_running_loop().create_future()
+            answer = Answer()
             answer.set_result(Computed(rows, 0, 0))
             return answer
 

@@ -225,7 +225,9 @@ Global___Call: _TypeAlias = Call  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
-    """Sent when no row of a call is wanted any more. The call is then answered with an error or not at all."""
+    """Sent when no row of a call is wanted any more. It is answered all the same: with the error CANCELLED at once where it
+    waits, or between two compute batches; with its result where that comes first.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
