@@ -188,7 +188,8 @@ class Engine:
                 continue
             sequence.append(token, self.eos_token_ids)
             news = outputs.get(sequence.id) or sequence.news()
-            chosen[sequence.id] = replace(news, token=token, logprobs=reports.get(row))
+            stood_in = self._policy(sequence.stood_in) or None  # now, for a stop string may end it over there
+            chosen[sequence.id] = replace(news, token=token, logprobs=reports.get(row), last_replica=stood_in)
         return chosen
 
     def _prompt_logprobs(self, sequence: Sequence, hidden: Tensor) -> list[TokenLogprobs] | None:

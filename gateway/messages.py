@@ -105,7 +105,7 @@ class Output:
     queue_seconds: float | None = None
     # Prompt tokens that were not computed because others had them in their cache; on the first news, too.
     cached_tokens: int | None = None
-    # By policy (gateway.last_replica): rows of all layers that needed an expert that nobody held; with finish_reason.
+    # By policy (gateway.last_replica): rows of all layers that needed an expert that nobody held, until now.
     last_replica: dict[str, int] | None = None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
+from consilium.config import GatewayConfig
 from consilium.errors import ExpertUnavailable
 from consilium.frames import Frame
 from gateway.kv_cache import BLOCK
@@ -214,6 +215,20 @@ def test_without_workers_every_sequence_fails_and_the_engine_goes_on(checkpoint:
     served.workers[0].address, served.workers[1].address = "worker-0:1", "worker-1:1"
     request = greedy(3, prompt(9, seed=3), 4)
     assert served.run(request)[3].tokens == complete.run(request)[3].tokens
+
+
+def test_every_token_says_how_often_nobody_held_an_expert(checkpoint: Checkpoint) -> None:
+    """Also before the end: a stop string ends a choice in the HTTP process."""
+    served = Served(checkpoint, experts=[[0]])
+    served.engine.dispatcher.crew.config = GatewayConfig(layer_timeout=10, audit=0, last_replica="local")
+    served.add(greedy(1, prompt(9, seed=1), 4))
+    counts: list[int] = []
+    with torch.inference_mode():
+        while served.engine.has_work:
+            counts += [(each.last_replica or {}).get("local", 0) for each in served.engine.step().outputs]
+    assert len(counts) == 4
+    assert counts == sorted(set(counts))
+    assert counts[0] > 0
 
 
 def test_what_can_never_fit_fails_before_it_runs(checkpoint: Checkpoint) -> None:
