@@ -139,6 +139,22 @@ def test_a_second_worker_that_fails_or_rounds_otherwise_changes_nothing(
     assert sum(len(worker.frames) for worker in workers) == asked + 1
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["with the checkpoint", "without it"])
+def test_a_lone_answer_that_is_no_number_is_not_believed_where_the_checkpoint_knows_better(
+    checkpoint: Checkpoint, mailbox: Mailbox, checked: bool
+) -> None:
+    dispatcher, workers = audited(checkpoint, mailbox, 2)
+    right, _ = dispatched(dispatcher, mailbox)
+    if not checked:
+        dispatcher.crew.local = partial(unable, "the gateway has no experts")
+    workers[0].spoil = lambda rows: rows * float("nan")
+    workers[1].misbehave = lambda _: ExpertUnavailable("gone")
+    found, failures = dispatched(dispatcher, mailbox)
+    assert not failures
+    assert torch.equal(found, right) if checked else found.isnan().all()  # else it may be the model
+    assert list(dispatcher.crew.out()) == [workers[0].address] * checked
+
+
 def test_a_second_worker_that_does_not_answer_is_waited_for_only_so_long(
     checkpoint: Checkpoint, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
