@@ -338,7 +338,7 @@ class Story:
 POLICIES = st.sampled_from(["fail", "wait", "local", "renormalise"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), POLICIES)
 def test_rows_are_right_or_failed_and_nothing_is_left(seed: int, policy: LastReplica) -> None:
     story = Story(Random(seed), policy)
