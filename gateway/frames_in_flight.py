@@ -22,6 +22,8 @@ from gateway.worker import Worker
 class FramesInFlight:
     """Positions are those in ``batches.experts``."""
 
+    __slots__ = ("_batches", "_crew", "_layer", "_row_bytes", "choice", "deadline", "excluded", "open")
+
     def __init__(self, crew: Crew, layer: int, batches: ExpertBatches, row_bytes: int) -> None:
         """``row_bytes`` is what a row takes that comes back."""
         self.open: dict[Attempt, None] = {}  # in the order in which they were sent

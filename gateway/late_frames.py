@@ -16,6 +16,8 @@ from gateway.work import Kind
 class LateFrames:
     """Those that are compared with others are left to ``audits``."""
 
+    __slots__ = ("_audits", "_crew", "_frames", "_rows")
+
     def __init__(self, crew: Crew, frames: FramesInFlight, rows: LayerRows, audits: LayerAudits) -> None:
         self._crew, self._frames, self._rows, self._audits = crew, frames, rows, audits
 

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 class LayerAudits:
     """A frame of an audit is placed, or failed, when everybody has answered who was asked for it."""
 
+    __slots__ = ("_crew", "_frames", "_rows", "_unjudged")
+
     def __init__(self, crew: Crew, frames: FramesInFlight, rows: LayerRows) -> None:
         self._crew, self._frames, self._rows = crew, frames, rows
         self._unjudged: dict[Audit, None] = {}

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 class LayerRows:
     """Positions are those in ``batches.experts``."""
 
+    __slots__ = ("_batches", "_crew", "_form", "_layer", "_outputs", "failures", "placed")
+
     def __init__(self, crew: Crew, layer: int, batches: ExpertBatches, outputs: ExpertOutputs) -> None:
         self.failures: dict[int, Exception] = {}  # why rows (by index) have no outputs
         self.placed: set[int] | None = None  # positions, from when some are asked for twice
