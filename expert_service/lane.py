@@ -17,6 +17,7 @@ from torch import Tensor
 
 from consilium.experts import ExpertWeights
 from consilium.gpu.experts import ExpertForm, compute, table_of
+from consilium.gpu.jit import power_of_two
 from consilium.gpu.sort import Groups
 from consilium.gpu.staging import Buffer, pack, starts_of, views
 from consilium.gpu.tiling import Batch, Tilings, nearest
@@ -63,6 +64,7 @@ class Lane:
         self._up, self._there, self._back = Buffer(device, pinned=True), Buffer(device), Buffer(device, pinned=True)
         self._clock = _DeviceClock() if device.type == "cuda" else _HostClock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._places = torch.empty(0, dtype=torch.int32)
         self._work: Work | None = None
         self._found = torch.empty(0)
 
@@ -90,13 +92,18 @@ class Lane:
             out = torch.empty(work.out.shape, dtype=work.out.dtype, device=self._device)
             there.copy_(staged, non_blocking=True)
             table, on_tiles, source, rows, *scales = views(sent, there, starts)
-            target = torch.arange(len(source), dtype=torch.int32, device=self._device)
-            groups = Groups(source, target, on_tiles, tiling.block_m)
+            groups = Groups(source, self._first(len(source)), on_tiles, tiling.block_m)
             compute(self._form, tiling, table, groups, rows, scales[0] if scales else None, out)
             self._found = self._back.take(out.nbytes).view(out.dtype).view(out.shape)
             self._found.copy_(out, non_blocking=True)
             self._clock.stop()
         self._work = work
+
+    def _first(self, count: int) -> Tensor:
+        """0, 1, …: the rows of a call come back in the order of its pairs."""
+        if len(self._places) < count:
+            self._places = torch.arange(power_of_two(count), dtype=torch.int32, device=self._device)
+        return self._places[:count]
 
     def finish(self) -> float:
         """Wait, and put the rows where they belong; the seconds that the device was at it."""
