@@ -16,7 +16,7 @@ LOG2_E = tl.constexpr(float(defined.LOG2_E))
 LN2_HIGH, LN2_LOW = tl.constexpr(float(defined.LN2_HIGH)), tl.constexpr(float(defined.LN2_LOW))
 C0, C1, C2, C3, C4, C5, C6 = (tl.constexpr(float(each)) for each in defined.COEFFICIENTS)
 ROUNDER, LEVELS = tl.constexpr(float(defined.ROUNDER)), tl.constexpr(float(defined.LEVELS))
-SMALLEST_SCALE, NAN = tl.constexpr(float(defined.SMALLEST_SCALE)), tl.constexpr(float("nan"))
+SMALLEST_SCALE = tl.constexpr(float(defined.SMALLEST_SCALE))
 SIGN_OFF, INFINITY_BITS = tl.constexpr(0x7FFFFFFF), tl.constexpr(0x7F800000)
 BIAS, MANTISSA = tl.constexpr(127), tl.constexpr(23)
 
@@ -65,7 +65,7 @@ def scale_of(largest: tl.tensor) -> tl.tensor:
     """The scale of a row whose largest ``magnitude`` is this: 0 for one of zeros, NaN for one that is not finite."""
     scale = tl.math.div_rn(largest.to(tl.float32, bitcast=True), LEVELS)
     scale = tl.where(scale < SMALLEST_SCALE, 0.0, scale)
-    return tl.where(largest >= INFINITY_BITS, NAN, scale)
+    return tl.where(largest >= INFINITY_BITS, float("nan"), scale)
 
 
 @jit
