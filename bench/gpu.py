@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-SECTIONS = {"experts": "bench.gpu_experts"}  # in the order in which they run
+SECTIONS = {"experts": "bench.gpu_experts", "worker": "bench.gpu_worker"}  # in the order in which they run
 
 
 class Section(Protocol):

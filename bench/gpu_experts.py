@@ -1,4 +1,4 @@
-"""A section of bench.gpu: a layer's experts on a GPU, alone and behind a worker.
+"""A section of bench.gpu: a layer's experts on a GPU, kernel by kernel.
 
 Letters: T tokens, K experts of each, P = T · K pairs, E experts, D hidden size, F expert FFN size.
 """
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.console import Console
@@ -69,9 +68,7 @@ def run(toy: bool, console: Console) -> dict[str, Any]:
         console.print(kernel_table(name, figures))
     memory = {name: figures[0]["layer_bytes"] for name, figures in kernels.items()}
     console.print(f"memory of a layer, int8 against bfloat16: {memory['int8'] / memory['none']:.3f}")
-    layers = through_a_worker(sizes)
-    console.print(layer_table(layers))
-    return {"sizes": vars_of(sizes), "ceilings": best, "kernels": kernels, "layer_bytes": memory, "worker": layers}
+    return {"sizes": vars_of(sizes), "ceilings": best, "kernels": kernels, "layer_bytes": memory}
 
 
 def vars_of(sizes: Sizes) -> dict[str, Any]:
@@ -165,29 +162,6 @@ def _whole(layer: Layer, tiling: Tiling, tokens: Tokens, out: torch.Tensor) -> N
     compute(layer.form, tiling, layer.table, groups, tokens.rows, tokens.scales, out)
 
 
-def through_a_worker(sizes: Sizes) -> list[dict[str, Any]]:
-    """One routed layer as the gateway has it, from rows on the host: over a local link, and over gRPC."""
-    # These need what a service needs; the kernels above do not.
-    from bench.expert_layer import single_layers
-    from bench.layer_stack import LayerShape, connected, expert_workers, random_routing
-    from bench.layer_stack import random_layer as saved_layer
-
-    shape = LayerShape(sizes.hidden, sizes.expert_size, sizes.experts, sizes.top_k)
-    random, generator, found = np.random.default_rng(0), torch.Generator().manual_seed(0), list[dict[str, Any]]()
-    with saved_layer(shape) as model, expert_workers(model, 1, 4, "cuda") as workers:
-        for local in (True, False):
-            with connected(model, [each.address for each in workers], local) as gateway:
-                for count in sizes.of_a_worker:
-                    inputs = [
-                        (torch.randn(count, sizes.hidden, generator=generator), random_routing(shape, count, random))
-                        for _ in range(8)
-                    ]
-                    single_layers(gateway, inputs, max(1, sizes.calls // 10))
-                    figures = single_layers(gateway, inputs, sizes.calls)
-                    found.append({"link": "local" if local else "gRPC", "tokens": count, **figures})
-    return found
-
-
 def kernel_table(name: str, figures: Sequence[dict[str, Any]]) -> Table:
     """Times in us."""
     caption = "us; floor: the fewest bytes or operations at what a copy and a library's product reach here"
@@ -200,16 +174,4 @@ def kernel_table(name: str, figures: Sequence[dict[str, Any]]) -> Table:
         table.add_row(
             str(each["tokens"]), *seconds, *rates, f"{each['floor_seconds'] * 1e6:.1f}", f"{each['of_floor']:.2f}"
         )
-    return table
-
-
-def layer_table(figures: Sequence[dict[str, Any]]) -> Table:
-    """Times in ms."""
-    caption = "ms, p50/p95; of the worker: what its answers say that computing took"
-    table = Table(title="one routed layer through a worker", box=box.SIMPLE_HEAD, caption=caption)
-    for heading in ("link", "tokens", "layer", "of the worker"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for each in figures:
-        parts = [f"{each[part]['p50'] * 1e3:.3f}/{each[part]['p95'] * 1e3:.3f}" for part in ("layer", "experts")]
-        table.add_row(each["link"], str(each["tokens"]), *parts)
     return table

@@ -27,7 +27,6 @@ FORMS = (
     ExpertForm(256, 128, torch.int8, torch.int8, torch.bfloat16),
     ExpertForm(72, 40, torch.int8, torch.int8, torch.float32, biased=True, activation=ODD),
     ExpertForm(256, 128, torch.bfloat16, torch.int8, torch.bfloat16),
-    ExpertForm(256, 128, torch.bfloat16, torch.bfloat16, torch.bfloat16),
     ExpertForm(256, 128, torch.float32, torch.float32, torch.float32),
 )
 LARGEST_SHARED = 227 * 2**10  # bytes a program may have

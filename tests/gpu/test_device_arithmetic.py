@@ -16,7 +16,7 @@ from consilium.gpu.experts import compute, form_of
 from consilium.gpu.tiling import Batch, Tilings
 from consilium.gpu.upload import Uploader
 from consilium.quantization import quantize_rows
-from expert_service import cuda_device, device_arithmetic, lane
+from expert_service import cuda_device, device_arithmetic, lane, speed
 from expert_service.call_queue import Job
 from expert_service.calls import Computed, MessageCall
 from expert_service.cuda_device import CudaDevice
@@ -25,7 +25,6 @@ from expert_service.device_proof import prove
 from expert_service.frame_computer import FrameComputer
 from expert_service.holdings import Holdings
 from expert_service.sources import PlacedWeights
-from expert_service.speed import measure
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
 from tests.gpu.test_experts import SMALL, expert
@@ -178,10 +177,12 @@ def test_an_expert_that_finds_no_memory_is_not_held(monkeypatch: pytest.MonkeyPa
 
 def test_how_fast_it_is_while_others_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes belong to one thread; what is measured has its own."""
+    monkeypatch.setattr(speed, "ROWS", 3)
+    monkeypatch.setattr(speed, "REPEATS", 1)
     device = make_device(monkeypatch)
     arithmetic, experts = device.samples(HELD[0])
     assert arithmetic is not device.arithmetic
-    assert all(0 < nanoseconds < 10**10 for nanoseconds in measure(arithmetic, experts, HIDDEN))
+    assert all(0 < nanoseconds < 10**10 for nanoseconds in speed.measure(arithmetic, experts, HIDDEN))
     assert device.busy_seconds == 0
 
 
