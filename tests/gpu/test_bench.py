@@ -1,0 +1,37 @@
+"""The bench of kernels runs where there is no GPU, so that none is asked for in vain."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import gpu, gpu_experts
+from consilium.config import Quantization
+from consilium.gpu import samples
+
+SIZES = replace(gpu_experts.TOY, tokens=(2,))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+def test_kernels_beside_their_floor(
+    device: torch.device, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "BATCHES", 1)
+    best = {"bytes_per_second": 1e9, "operations_per_second": {"int8": 1e12, "bfloat16": 1e12}}
+    (figures,) = gpu_experts.measure(SIZES, quantization, device, best)
+    weights = 3 * SIZES.hidden * SIZES.expert_size * (1 if quantization == "int8" else 2)
+    assert 2 * weights <= figures["bytes"] < 5 * (weights + 2**14)  # two to four experts, with rows and scales
+    assert figures["floor_seconds"] == pytest.approx(figures["bytes"] / 1e9)
+    assert figures["of_floor"] > 1
+    assert json.dumps(figures)
+    Console(quiet=True).print(gpu_experts.kernel_table("kernels", [figures]))
+
+
+def test_a_section_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["expert"])
+    assert "no section expert; there are experts," in capsys.readouterr().err
