@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import ExpertTensors
-from consilium.errors import Overloaded
+from consilium.errors import NotReady, Overloaded
 from consilium.experts import Arithmetic, ExpertWeights
 from consilium.gpu.experts import ExpertForm
 from consilium.gpu.tiling import Tilings
@@ -47,7 +49,7 @@ class DeviceArithmetic:
         out: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> Tensor:
-        """Raises Overloaded where the device has not even memory for one row."""
+        """Raises Overloaded where the device has not even memory for one row, NotReady where it failed."""
         found = out if out is not None else torch.empty(offsets[-1], rows.shape[1], dtype=self.reply_dtype)
         pieces = deque(
             Work(experts, offsets, rows, scales, indices, part, start, start + len(part))
@@ -95,6 +97,8 @@ class DeviceArithmetic:
         except torch.OutOfMemoryError:
             self._make_room(pieces, busy)
             return
+        except torch.AcceleratorError as error:
+            raise leave(error) from error
         pieces.popleft()
         busy.append(self._free.popleft())
 
@@ -113,4 +117,14 @@ class DeviceArithmetic:
     def _finish(self, busy: deque[Lane]) -> None:
         lane = busy.popleft()
         self._free.append(lane)
-        self.device_seconds += lane.finish()
+        try:
+            self.device_seconds += lane.finish()
+        except torch.AcceleratorError as error:
+            raise leave(error) from error
+
+
+def leave(error: Exception) -> NotReady:
+    """After such an error a process can do nothing with its GPU any more: have this one drain and end."""
+    logger.critical("the GPU failed, and this worker leaves: %s", error)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return NotReady("the GPU of this worker failed, and it is leaving; ask another one")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic
-from consilium.errors import ConfigError, ConsiliumError, Overloaded
+from consilium.errors import ConfigError, ConsiliumError, NotReady, Overloaded
 from consilium.experts import ExpertWeights
 from consilium.frames import Frame, encode_call
 from consilium.gpu.experts import compute, form_of
@@ -148,6 +150,22 @@ def test_without_memory_for_one_row_a_call_is_shed_and_the_next_one_is_computed(
     memory.pairs = 100
     found = arithmetic.compute(placed, frame.offsets, frame.rows, frame.scales, None, frame.indices)
     assert torch.equal(found, expected(frame))
+
+
+def test_a_gpu_that_fails_makes_its_worker_leave(
+    arithmetic: DeviceArithmetic, placed: list[ExpertWeights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    told = list[tuple[int, int]]()
+    monkeypatch.setattr(lane, "compute", fail)
+    monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
+    frame = make_frame(2)
+    with pytest.raises(NotReady, match="ask another one") as caught:
+        arithmetic.compute(placed, frame.offsets, frame.rows, frame.scales, None, frame.indices)
+    assert caught.value.retryable
+    assert told == [(os.getpid(), signal.SIGTERM)]
 
 
 class _Source:
