@@ -11,6 +11,8 @@ from typing import Any
 
 import triton
 
+from consilium.gpu import interpreter
+
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 
@@ -25,6 +27,8 @@ def jit_whatever(*names: str) -> Callable[[Callable[..., Any]], Any]:
 
 # Whether kernels are interpreted: then they take tensors of the CPU, and no others.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    interpreter.mend()
 
 # Given at the launch of every kernel whose bits matter: multiplies and adds stay apart.
 EXACT = {"enable_fp_fusion": False}

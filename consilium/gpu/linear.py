@@ -1,0 +1,87 @@
+"""The exact product of int8 rows with int8 weights, as consilium.quantization defines it. Integers: any tiles are right.
+
+Letters: T rows, N output channels, K what is summed over.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+
+from consilium.gpu.jit import EXACT, jit, tiles_of
+from consilium.quantization import Quantized
+
+
+class Tile(NamedTuple):
+    """What one program computes, and how."""
+
+    rows: int
+    columns: int
+    depth: int  # of K at a time
+    warps: int
+    stages: int
+
+
+# By the most rows they are for. Few rows: as many programs as possible read the weights.
+TILES: dict[int, Tile] = {
+    16: Tile(16, 32, 256, 4, 4),
+    64: Tile(64, 32, 128, 4, 4),
+    2**31: Tile(128, 128, 128, 8, 3),
+}
+
+
+def linear(x: Quantized, weight: Quantized, out: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> None:
+    """``out`` [T, N] float32 = add + (x [T, K] · weight [N, K] + bias [N]); ``add`` [T, N] may be ``out``."""
+    rows, size = x.values.shape
+    columns = weight.values.shape[0]
+    tile = next(each for most, each in TILES.items() if rows <= most)
+    grid = (tiles_of(rows, tile.rows), tiles_of(columns, tile.columns))
+    optional = weight.scales if bias is None else bias, out if add is None else add
+    chosen = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    given = {"BIAS": bias is not None, "ADD": add is not None}
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    _linear[grid](*x, *weight, *optional, out, rows, columns, size, **chosen, **given, **launch, **EXACT)
+
+
+@jit
+def _linear(
+    x: Any,
+    x_scales: Any,
+    weight: Any,
+    w_scales: Any,
+    bias: Any,
+    add: Any,
+    out: Any,
+    rows: Any,
+    columns: Any,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [T]
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [N]
+    depth = tl.arange(0, DEPTH)
+    sums = tl.zeros((ROWS, COLUMNS), tl.int32)
+    left, right = (row < rows)[:, None], (column < columns)[None, :]
+    for start in range(0, SIZE, DEPTH):
+        if SIZE % DEPTH:
+            left = (row < rows)[:, None] & (start + depth < SIZE)[None, :]
+            right = (start + depth < SIZE)[:, None] & (column < columns)[None, :]
+        a = tl.load(x + row[:, None] * SIZE + start + depth[None, :], mask=left, other=0)
+        b = tl.load(weight + column[None, :] * SIZE + start + depth[:, None], mask=right, other=0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+    x_scale = tl.load(x_scales + row, mask=row < rows, other=0.0)
+    w_scale = tl.load(w_scales + column, mask=column < columns, other=0.0)
+    y = sums.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
+    if BIAS:
+        y = y + tl.load(bias + column, mask=column < columns, other=0.0)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    place = row[:, None] * columns + column[None, :]
+    if ADD:
+        y = tl.load(add + place, mask=inside, other=0.0) + y
+    tl.store(out + place, y, mask=inside)
