@@ -5,7 +5,7 @@ Letters: T rows, N output channels, K what is summed over.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton.language as tl
 from torch import Tensor
@@ -47,15 +47,15 @@ def linear(x: Quantized, weight: Quantized, out: Tensor, bias: Tensor | None = N
 
 @jit
 def _linear(
-    x: Any,
-    x_scales: Any,
-    weight: Any,
-    w_scales: Any,
-    bias: Any,
-    add: Any,
-    out: Any,
-    rows: Any,
-    columns: Any,
+    x: tl.tensor,
+    x_scales: tl.tensor,
+    weight: tl.tensor,
+    w_scales: tl.tensor,
+    bias: tl.tensor,
+    add: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,

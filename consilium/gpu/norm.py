@@ -43,12 +43,12 @@ def _warps(size: int) -> dict[str, Any]:
 
 @jit
 def _rms_norm(
-    x: Any,
-    weight: Any,
-    epsilon: Any,
-    values: Any,
-    scales: Any,
-    normed: Any,
+    x: tl.tensor,
+    weight: tl.tensor,
+    epsilon: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    normed: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     KEEP: tl.constexpr,
@@ -64,7 +64,7 @@ def _rms_norm(
 
 
 @jit
-def normalize(x: Any, weight: Any, epsilon: Any, SIZE: tl.constexpr) -> Any:
+def normalize(x: tl.tensor, weight: tl.tensor, epsilon: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
     """RMS norm of one row; what is beyond SIZE is zero."""
     mean = tl.math.div_rn(tl.sum(x * x, axis=0), tl.full((), SIZE, tl.float32))
     factor = tl.math.div_rn(tl.full((), 1.0, tl.float32), tl.math.sqrt_rn(mean + epsilon))
@@ -72,7 +72,15 @@ def normalize(x: Any, weight: Any, epsilon: Any, SIZE: tl.constexpr) -> Any:
 
 
 @jit
-def store_quantized(x: Any, inside: Any, place: Any, row: Any, values: Any, scales: Any, SIZE: tl.constexpr) -> None:
+def store_quantized(
+    x: tl.tensor,
+    inside: tl.tensor,
+    place: tl.tensor,
+    row: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    SIZE: tl.constexpr,
+) -> None:
     """Quantize one row, of which the elements ``inside`` are stored at their ``place``s."""
     scale = scale_of(tl.max(magnitude(x), axis=0))
     tl.store(scales + row, scale)
@@ -80,7 +88,9 @@ def store_quantized(x: Any, inside: Any, place: Any, row: Any, values: Any, scal
 
 
 @jit
-def _activate(gate_up: Any, values: Any, scales: Any, SIZE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _activate(
+    gate_up: tl.tensor, values: tl.tensor, scales: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < SIZE

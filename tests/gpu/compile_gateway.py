@@ -1,0 +1,88 @@
+"""Compiles the gateway's kernels for a Hopper GPU, at the sizes of Qwen3-30B-A3B: ``python -m tests.gpu.compile_gateway``.
+
+Prints warps and bytes of shared memory of each. A program of its own: a process either interprets or compiles.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from consilium.gpu.linear import TILES, linear
+from consilium.gpu.norm import activate, new_rows, rms_norm
+from consilium.quantization import Quantized
+from gateway.gpu.attention import TILE, Tiles, Tiling, attend
+from gateway.gpu.combine import combine
+from gateway.gpu.gate import route
+from gateway.gpu.heads import HeadNorms, HeadShape, prepare
+from gateway.gpu.pages import PAGE, LayerPages
+from gateway.gpu.sampling import draw, largest
+from tests.gpu.compile_only import compiling
+
+CPU = torch.device("cpu")
+HIDDEN, EXPERTS, TOP_K, VOCABULARY = 2048, 128, 8, 151936
+SHAPE = HeadShape(heads=32, kv_heads=4, size=128, rotated=128, epsilon=1e-6)
+SHARED_MEMORY = 227 * 1024  # bytes that a program may have on Hopper
+
+
+def ints(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.int32)
+
+
+def rows_and_products(rows: int) -> None:
+    """Norm, products and activation."""
+    x = torch.empty(rows, HIDDEN)
+    quantized = new_rows(rows, HIDDEN, CPU)
+    rms_norm(x, torch.empty(HIDDEN), 1e-6, quantized, x)
+    weight = Quantized(torch.empty(64, HIDDEN, dtype=torch.int8), torch.empty(64))
+    linear(quantized, weight, torch.empty(rows, 64))
+    linear(quantized, weight, torch.empty(rows, 64), torch.empty(64), torch.empty(rows, 64))
+    activate(torch.empty(rows, 2 * 768), new_rows(rows, 768, CPU))
+
+
+def heads(dtype: torch.dtype, window: int) -> None:
+    """Everything between the projections of attention."""
+    pages = LayerPages(*(torch.empty(4, SHAPE.kv_heads, PAGE, SHAPE.size, dtype=dtype) for _ in range(2)))
+    queries, turns = torch.empty(2, SHAPE.heads, SHAPE.size, dtype=dtype), torch.empty(64, SHAPE.rotated // 2)
+    for whole in (False, True):
+        sizes = [count * SHAPE.size if whole else SHAPE.size for count in (SHAPE.heads, SHAPE.kv_heads)]
+        norms = HeadNorms(*(torch.empty(size) for size in sizes), whole)
+        prepare(torch.empty(2, SHAPE.width), SHAPE, norms, (turns, turns), ints(2), ints(2), pages, queries)
+    for split in (False, True):
+        tiles = Tiles(ints(2, TILE), ints(2, 8), ints(2), 2, split)
+        for tiling in (Tiling(), Tiling(rows=16), Tiling(rows=128, warps=8)) if dtype is torch.bfloat16 else ():
+            attend(queries, SHAPE, pages, tiles, tiling, window, new_rows(2, SHAPE.heads * SHAPE.size, CPU))
+
+
+def gate_and_sampling() -> None:
+    """From the normed rows to experts, from their outputs to the stream, and from logits to tokens."""
+    ids, weights = ints(2, TOP_K), torch.empty(2, TOP_K)
+    x = torch.empty(2, HIDDEN)
+    route(x, torch.empty(EXPERTS, HIDDEN), normalize=True, ids=ids, weights=weights)
+    for dtype in (torch.bfloat16, torch.float32):
+        combine(x, torch.empty(2 * TOP_K, HIDDEN, dtype=dtype), weights)
+    logits = torch.empty(2, VOCABULARY)
+    largest(logits)
+    draw(logits, torch.empty(2), torch.empty(2, 2), torch.empty(2, dtype=torch.float64))
+
+
+def main() -> None:
+    """Compile everything once."""
+    with compiling() as found:
+        for rows in (1, 40, 100):
+            rows_and_products(rows)
+        heads(torch.bfloat16, 0)
+        heads(torch.bfloat16, 4096)
+        heads(torch.float32, 0)
+        gate_and_sampling()
+    assert len(TILES) == 3, "a product for every tile"
+    for each in found:
+        ptx = each.asm["ptx"]
+        if each.metadata.shared > SHARED_MEMORY:
+            raise ValueError(f"{each.name} takes {each.metadata.shared} bytes of shared memory")
+        if "fma.rn.f32" in ptx and each.name not in ("_logits", "_choose", "_attend", "_merge"):
+            raise ValueError(f"{each.name} does not keep multiplies and adds apart")
+        print(each.name, each.metadata.num_warps, each.metadata.shared, flush=True)
+
+
+if __name__ == "__main__":
+    main()
