@@ -12,6 +12,8 @@ from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
 from consilium.kernels import norm as kernel
+from consilium.model_config import ModelConfig
+from consilium.quantization import Quantized
 from gateway.batch import Batch
 from gateway.heads import Heads
 from gateway.linear import Linear, LinearMaker
@@ -26,23 +28,12 @@ class Attention:
     """
 
     def __init__(self, checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> None:
-        config, names, self._layer = checkpoint.config, checkpoint.names, layer
+        config, names = checkpoint.config, checkpoint.names
         self.hidden_size = config.hidden_size
-        factor = 1.0 if config.attention_scale is None else config.attention_scale * math.sqrt(config.head_dim)
-        heads = {names.q_proj: config.num_heads, names.k_proj: config.num_kv_heads, names.v_proj: config.num_kv_heads}
-        matrices, biases = [], []
-        for name, count in heads.items():
-            rows = count * config.head_dim
-            order = None if name == names.v_proj else halves_first(config, count)
-            scale = factor if name == names.q_proj and not config.qk_norm else 1.0
-            place = name.format(layer=layer)
-            matrices.append(read_matrix(checkpoint, place, (rows, config.hidden_size), order, scale))
-            if config.attention_bias:
-                biases.append(read_bias(checkpoint, place, rows, order, scale))
         # One product for queries, keys and values: [(H + 2 Hkv) d, D].
-        qkv = maker.make(matrices, biases)
+        qkv = maker.make(*read_projections(checkpoint, layer))
         self.projections = qkv, make_output(checkpoint, layer, maker)
-        norms = self._norms(checkpoint, factor) if config.qk_norm else []
+        norms = read_head_norms(checkpoint, layer)
         self._whole_norms = norms if config.qk_norm_whole else []
         self._clip = config.clip_qkv
         sinks = checkpoint.tensor(names.sinks.format(layer=layer), (config.num_heads,)) if config.sinks else None
@@ -63,17 +54,6 @@ class Attention:
             qkv.clamp_(-self._clip, self._clip)
         return out.forward(self.heads.attend(qkv, batch).to(x.dtype))
 
-    def _norms(self, checkpoint: Checkpoint, factor: float) -> list[Tensor]:
-        """The weights for queries and keys, of every head [d] or of all heads together."""
-        config, names, found = checkpoint.config, checkpoint.names, []
-        for name, count in ((names.q_norm, config.num_heads), (names.k_norm, config.num_kv_heads)):
-            heads = count if config.qk_norm_whole else 1
-            weight = checkpoint.tensor(name.format(layer=self._layer), (heads * config.head_dim,))
-            order = halves_first(config, heads)
-            weight = weight.to(torch.float32, copy=True) if order is None else weight[order].float()
-            found.append(weight * factor if name == names.q_norm and factor != 1 else weight)
-        return found
-
     def _norm_whole(self, qkv: Tensor) -> None:
         """Norm all heads of queries, then of keys, together; in place."""
         rows, width = qkv.shape
@@ -81,6 +61,42 @@ class Attention:
         for weight in self._whole_norms:
             kernel.norm_part(start, rows, width, len(weight), weight.data_ptr(), self.heads.epsilon)
             start += 4 * len(weight)
+
+
+def read_projections(checkpoint: Checkpoint, layer: int) -> tuple[list[Tensor | Quantized], list[Tensor]]:
+    """The matrices of queries, keys and values, and their biases, if any."""
+    config, names = checkpoint.config, checkpoint.names
+    heads = {names.q_proj: config.num_heads, names.k_proj: config.num_kv_heads, names.v_proj: config.num_kv_heads}
+    matrices, biases = [], []
+    for name, count in heads.items():
+        rows = count * config.head_dim
+        order = None if name == names.v_proj else halves_first(config, count)
+        scale = _score_factor(config) if name == names.q_proj and not config.qk_norm else 1.0
+        place = name.format(layer=layer)
+        matrices.append(read_matrix(checkpoint, place, (rows, config.hidden_size), order, scale))
+        if config.attention_bias:
+            biases.append(read_bias(checkpoint, place, rows, order, scale))
+    return matrices, biases
+
+
+def read_head_norms(checkpoint: Checkpoint, layer: int) -> list[Tensor]:
+    """The norms' weights for queries and keys, of every head [d] or of all heads together; none where there are none."""
+    config, names, found = checkpoint.config, checkpoint.names, []
+    if not config.qk_norm:
+        return []
+    factor = _score_factor(config)
+    for name, count in ((names.q_norm, config.num_heads), (names.k_norm, config.num_kv_heads)):
+        heads = count if config.qk_norm_whole else 1
+        weight = checkpoint.tensor(name.format(layer=layer), (heads * config.head_dim,))
+        order = halves_first(config, heads)
+        weight = weight.to(torch.float32, copy=True) if order is None else weight[order].float()
+        found.append(weight * factor if name == names.q_norm and factor != 1 else weight)
+    return found
+
+
+def _score_factor(config: ModelConfig) -> float:
+    """What queries are multiplied by, so that the scores of a family that scales them otherwise come out right."""
+    return 1.0 if config.attention_scale is None else config.attention_scale * math.sqrt(config.head_dim)
 
 
 def make_output(checkpoint: Checkpoint, layer: int, maker: LinearMaker) -> Linear:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32, Form
-from gateway.kv_cache import BLOCK, KVCache, blocks_for
+from gateway.kv_cache import BLOCK, Cache, KVCache, blocks_for
 
 
 @dataclass(slots=True)
 class Segment:
     """Consecutive rows of one step that belong to one sequence."""
 
-    cache: KVCache
+    cache: Cache
     row: int  # first row in the step
     length: int
     position: int  # of the first row in its sequence
@@ -31,41 +31,29 @@ class Segment:
         """Its rows in the step."""
         return range(self.row, self.row + self.length)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of a contiguous cache."""
+        if not isinstance(self.cache, KVCache):
+            raise TypeError("kernels of the CPU read contiguous caches")
+        return self.cache.keys, self.cache.values
+
     def numbers(self) -> list[int]:
         """What the kernel is told of it: see consilium.kernels.attention.attend."""
-        keys, values = self.cache.keys, self.cache.values
+        keys, values = self.tensors
         strides = [tensor.stride(axis) * tensor.itemsize for axis in (0, 1) for tensor in (keys, values)]
         return [keys.data_ptr(), values.data_ptr(), *strides, self.row, self.length, self.position]
 
 
 @dataclass(slots=True)
-class Batch:
-    """The rows of one step: T token ids with their positions, and whose they are."""
+class StepRows:
+    """The rows of one step: T token ids, whose they are, and what became of them."""
 
     tokens: Tensor  # [T]
     segments: list[Segment]
-    cos: Tensor  # [T, r/2] float32
-    sin: Tensor  # [T, r/2] float32
-    failures: dict[int, Exception] = field(default_factory=dict)  # row to why it has no valid result
-    stood_in: dict[int, int] = field(default_factory=dict)  # row to layers in which nobody held one of its experts
-    table: NDArray[np.int64] = field(init=False)  # the segments' numbers
-    positions: int = field(init=False)  # of the longest sequence, in whole blocks
-    _workspace: Tensor | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self.table = np.array([segment.numbers() for segment in self.segments], np.int64)
-        self.positions = BLOCK * max((blocks_for(each.position + each.length) for each in self.segments), default=0)
-
-    @property
-    def form(self) -> Form:
-        """What the caches are made of, for kernels."""
-        return BFLOAT16 if self.segments[0].cache.keys.dtype is torch.bfloat16 else FLOAT32
-
-    def workspace(self, size: int) -> Tensor:
-        """At least ``size`` bytes that a layer may use until it ends: the same for all layers, so still in a cache."""
-        if self._workspace is None or self._workspace.nbytes < size:
-            self._workspace = torch.empty(size, dtype=torch.int8)
-        return self._workspace
+    failures: dict[int, Exception] = field(default_factory=dict, kw_only=True)  # row to why it has no valid result
+    # Row to layers in which nobody held one of its experts.
+    stood_in: dict[int, int] = field(default_factory=dict, kw_only=True)
 
     @property
     def prefill(self) -> bool:
@@ -78,3 +66,29 @@ class Batch:
             return range(len(self.tokens))
         spans = [each.rows for each in self.segments]
         return [row for span in spans if self.failures.keys().isdisjoint(span) for row in span]
+
+
+@dataclass(slots=True)
+class Batch(StepRows):
+    """The rows of one step, as kernels of the CPU are told of them."""
+
+    cos: Tensor  # [T, r/2] float32
+    sin: Tensor  # [T, r/2] float32
+    table: NDArray[np.int64] = field(init=False)  # the segments' numbers
+    positions: int = field(init=False)  # of the longest sequence, in whole blocks
+    _workspace: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.table = np.array([segment.numbers() for segment in self.segments], np.int64)
+        self.positions = BLOCK * max((blocks_for(each.position + each.length) for each in self.segments), default=0)
+
+    @property
+    def form(self) -> Form:
+        """What the caches are made of, for kernels."""
+        return BFLOAT16 if self.segments[0].tensors[0].dtype is torch.bfloat16 else FLOAT32
+
+    def workspace(self, size: int) -> Tensor:
+        """At least ``size`` bytes that a layer may use until it ends: the same for all layers, so still in a cache."""
+        if self._workspace is None or self._workspace.nbytes < size:
+            self._workspace = torch.empty(size, dtype=torch.int8)
+        return self._workspace

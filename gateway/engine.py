@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from consilium.errors import ConsiliumError
-from gateway.batch import Batch, Segment
+from gateway.batch import Segment, StepRows
 from gateway.dispatcher import Dispatcher
+from gateway.engine_model import EngineModel
 from gateway.mailbox import Mailbox
 from gateway.messages import EngineStats, Generate, Output, Step, TokenLogprobs
 from gateway.micro_batches import MicroBatches, share_out
-from gateway.model import Model
-from gateway.sampler import choose, token_logprobs
+from gateway.sampler import token_logprobs
 from gateway.scheduler import Scheduler, Work
 from gateway.sequence import Sequence
 
@@ -29,13 +29,13 @@ LOGIT_ROWS = 64  # most prompt rows whose logits exist at once: with a vocabular
 class Engine:
     """One model and everything that runs on it."""
 
-    model: Model
+    model: EngineModel
     scheduler: Scheduler
     dispatcher: Dispatcher
     mailbox: Mailbox
     eos_token_ids: tuple[int, ...]
     micro_batches: MicroBatches
-    _current: dict[int, tuple[Batch, Segment]] = field(default_factory=dict, init=False)  # of the step, by sequence
+    _current: dict[int, tuple[StepRows, Segment]] = field(default_factory=dict, init=False)  # of the step, by sequence
     _stood_in: int = field(default=0, init=False)  # of the step, rows for which an expert had no worker
 
     @property
@@ -162,7 +162,7 @@ class Engine:
         """What was done for so many rows."""
         return {self.dispatcher.crew.config.last_replica: rows} if rows else {}
 
-    def _batch(self, work: list[Work]) -> Batch:
+    def _batch(self, work: list[Work]) -> StepRows:
         tokens: list[int] = []
         segments: list[Segment] = []
         for each in work:
@@ -180,7 +180,7 @@ class Engine:
             return {}
         logits = self.model.logits(hidden[[row for _, row in due]])  # [S, V]
         chosen: dict[int, Output] = {}
-        tokens = choose(logits, [sequence for sequence, _ in due], self.eos_token_ids)
+        tokens = self.model.choose(logits, [sequence for sequence, _ in due], self.eos_token_ids)
         reports = _logprobs(logits, tokens, [sequence for sequence, _ in due])
         for row, ((sequence, _), token) in enumerate(zip(due, tokens, strict=True)):
             if token < 0:
@@ -202,7 +202,7 @@ class Engine:
         reports: list[TokenLogprobs] = []
         for begin in range(first, stop, LOGIT_ROWS):
             end = min(begin + LOGIT_ROWS, stop)
-            rows = torch.log_softmax(self.model.logits(hidden[begin - start : end - start]), dim=-1)
+            rows = torch.log_softmax(self.model.logits(hidden[begin - start : end - start]).cpu(), dim=-1)
             targets = sequence.tokens[begin + 1 : end + 1]
             reports += token_logprobs(rows, targets, [count] * len(targets))
         sequence.prompt_reported = stop + 1
@@ -216,7 +216,7 @@ def _logprobs(logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> d
     if not counts:
         return {}
     rows = list(counts)
-    logprobs = torch.log_softmax(logits[rows], dim=-1)
+    logprobs = torch.log_softmax(logits[rows].cpu(), dim=-1)
     found = token_logprobs(logprobs, [tokens[row] for row in rows], list(counts.values()))
     return dict(zip(rows, found, strict=True))
 

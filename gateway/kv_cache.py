@@ -8,6 +8,7 @@ counts those in blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,53 @@ from consilium.units import format_size
 from gateway.pages import lazy_tensor, release_tails
 
 BLOCK = 16  # positions: the unit of the accounting, and of the keys' layout
+
+
+class Cache(Protocol):
+    """Keys and values of one sequence, wherever they lie."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are paid for."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Positions it may grow to."""
+        ...
+
+
+class Pool(Protocol):
+    """Hands out caches within a memory budget; a ``cache`` that it is given is one of its own."""
+
+    @property
+    def total_blocks(self) -> int: ...
+
+    @property
+    def free_blocks(self) -> int: ...
+
+    @property
+    def total_tokens(self) -> int: ...
+
+    def allocate(self, tokens: int, capacity: int) -> Cache:
+        """A cache with ``tokens`` positions paid for, which may grow to ``capacity``."""
+        ...
+
+    def grow(self, cache: Any, tokens: int) -> bool:
+        """Pay for ``tokens`` positions in all; False, with nothing changed, when there is no room."""
+        ...
+
+    def trim(self, cache: Any, tokens: int) -> None:
+        """Take back the positions from ``tokens`` on."""
+        ...
+
+    def free(self, cache: Any) -> None:
+        """Take back everything a cache was given."""
+        ...
+
+    def copy(self, source: Any, target: Any, tokens: int) -> None:
+        """Copy the first ``tokens`` positions."""
+        ...
 
 
 @dataclass(slots=True)
@@ -88,6 +136,10 @@ class KVPool:
         """Take back everything a cache was given."""
         self.free_blocks += cache.blocks
         cache.blocks = 0
+
+    def copy(self, source: KVCache, target: KVCache, tokens: int) -> None:
+        """Copy the first ``tokens`` positions."""
+        copy_positions(source, target, tokens)
 
 
 def blocks_for(tokens: int) -> int:

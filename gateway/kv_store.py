@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gateway.kv_cache import BLOCK, KVCache, KVPool, blocks_for, copy_positions
+from gateway.kv_cache import BLOCK, Cache, Pool, blocks_for
 from gateway.prefix_cache import TOKEN_BYTES, Match, PrefixCache, token_key
 from gateway.sequence import Sequence
 
@@ -12,7 +12,7 @@ from gateway.sequence import Sequence
 class KVStore:
     """The memory for keys and values. What is only kept counts as free: it is evicted where space is needed."""
 
-    def __init__(self, pool: KVPool, *, prefix_cache: bool = True) -> None:
+    def __init__(self, pool: Pool, *, prefix_cache: bool = True) -> None:
         self.pool, self.prefixes = pool, PrefixCache(pool, enabled=prefix_cache)
         self._queries, self._hits = 0, 0
 
@@ -88,7 +88,7 @@ class KVStore:
         counts, self._queries, self._hits = (self._queries, self._hits), 0, 0
         return counts
 
-    def _reuse(self, sequence: Sequence, match: Match) -> KVCache | None:
+    def _reuse(self, sequence: Sequence, match: Match) -> Cache | None:
         """A cache with the match's tokens in it: the entry's own where nobody else needs it, else a copy.
 
         None where there is room for one of the two only, and the entry's address space does not do.
@@ -106,12 +106,12 @@ class KVStore:
         if match.kept:
             self.prefixes.touch(match.entry)
         cache = self._allocate(sequence)
-        copy_positions(source, cache, match.tokens)
+        self.pool.copy(source, cache, match.tokens)
         if match.kept and match.whole and match.tokens == match.entry.tokens:  # the copy has all of it
             self.prefixes.drop(match.entry)
         return cache
 
-    def _allocate(self, sequence: Sequence) -> KVCache:
+    def _allocate(self, sequence: Sequence) -> Cache:
         self._reserve(blocks_for(len(sequence.tokens)))
         return self.pool.allocate(len(sequence.tokens), sequence.capacity)
 

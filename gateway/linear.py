@@ -66,9 +66,14 @@ class LinearMaker:
         if self._product is None:
             floats = [_dequantize(each).to(self._dtype) for each in matrices]
             return FloatLinear(floats[0] if len(floats) == 1 else torch.cat(floats), bias)
-        quantized = [each if isinstance(each, Quantized) else quantize_weight(each) for each in matrices]
-        values, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*quantized, strict=True))
-        return Int8Linear(Quantized(values.contiguous(), scales.contiguous()), bias, self._product)
+        return Int8Linear(quantize_matrices(matrices), bias, self._product)
+
+
+def quantize_matrices(matrices: Sequence[Tensor | Quantized]) -> Quantized:
+    """The outputs of several matrices [N, K] in int8, one after the other."""
+    quantized = [each if isinstance(each, Quantized) else quantize_weight(each) for each in matrices]
+    values, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*quantized, strict=True))
+    return Quantized(values.contiguous(), scales.contiguous())
 
 
 def _dequantize(matrix: Tensor | Quantized) -> Tensor:

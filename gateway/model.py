@@ -22,6 +22,8 @@ from gateway.latent_attention import LatentAttention
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
 from gateway.norm import LayerNorm, RMSNorm, make_norm
+from gateway.sampler import choose
+from gateway.sequence import Sequence
 from gateway.stage_clock import StageClock
 from gateway.worker import ExpertSource
 
@@ -141,3 +143,7 @@ class Model:
             logits /= self._logit_divisor
         self.clock.mark("head")
         return logits
+
+    def choose(self, logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> list[int]:
+        """The next token of each sequence from its logits [S, V]; -1 where they are not finite."""
+        return choose(logits, sequences, eos_token_ids)

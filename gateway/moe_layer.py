@@ -11,7 +11,7 @@ from consilium.checkpoint import Checkpoint
 from consilium.errors import ExpertUnavailable
 from consilium.gate import Routing
 from gateway.arithmetic import Arithmetic
-from gateway.batch import Batch
+from gateway.batch import Batch, StepRows
 from gateway.batches import ExpertOutputs, combine, group_by_expert, keep_tokens, renormalised
 from gateway.feed_forward import SharedExperts
 from gateway.gate import Gate
@@ -50,20 +50,21 @@ class MoELayer:
         outputs, failures = await self._experts.dispatch(self._layer, batches)
         batch.failures.update(failures)
         if outputs.stood_in:
-            routing = self._stood_in(outputs, routing, batch)
+            routing = stood_in(self._layer, outputs, routing, batch)
         combined = combine(outputs, routing)
         outputs.release()
         self._clock.mark("combine")
         return (combined if self._shared is None else combined + self._shared.forward(x)).to(x.dtype)
 
-    def _stood_in(self, outputs: ExpertOutputs, routing: Routing, batch: Batch) -> Routing:
-        """Note for which rows something else was done than asking a worker; the weights are those of who is left."""
-        for row in outputs.stood_in:
-            batch.stood_in[row] = batch.stood_in.get(row, 0) + 1
-        if outputs.left_out is None:
-            return routing
-        routing, alone = renormalised(routing, outputs.left_out)
-        for row in alone:
-            error = ExpertUnavailable(f"no worker holds any of the experts that a token of layer {self._layer} needs")
-            batch.failures.setdefault(row, error)
+
+def stood_in(layer: int, outputs: ExpertOutputs, routing: Routing, batch: StepRows) -> Routing:
+    """Note for which rows something else was done than asking a worker; the weights are those of who is left."""
+    for row in outputs.stood_in:
+        batch.stood_in[row] = batch.stood_in.get(row, 0) + 1
+    if outputs.left_out is None:
         return routing
+    routing, alone = renormalised(routing, outputs.left_out)
+    for row in alone:
+        error = ExpertUnavailable(f"no worker holds any of the experts that a token of layer {layer} needs")
+        batch.failures.setdefault(row, error)
+    return routing

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gateway.kv_cache import BLOCK, KVCache, KVPool
+from gateway.kv_cache import BLOCK, Cache, Pool
 
 TOKEN_BYTES = 4
 _LEAST_EVICTED = 16  # blocks; taking one at a time would cost a call for every head and layer each time
@@ -29,7 +29,7 @@ class Entry:
     """Computed positions that others may copy: kept after a sequence's end, or of one that is running."""
 
     key: bytes
-    cache: KVCache
+    cache: Cache
 
     @property
     def tokens(self) -> int:
@@ -49,7 +49,7 @@ class Match:
 class PrefixCache:
     """Finds, lends, gives away and evicts entries. What it keeps counts as free to everybody else."""
 
-    def __init__(self, pool: KVPool, *, enabled: bool) -> None:
+    def __init__(self, pool: Pool, *, enabled: bool) -> None:
         self.kept_blocks = 0
         self.enabled = enabled
         self._pool = pool
@@ -73,7 +73,7 @@ class PrefixCache:
         """Make a kept entry the last to be evicted."""
         self._kept[entry.key] = self._kept.pop(entry.key)
 
-    def publish(self, entry: Entry | None, key: bytes, cache: KVCache) -> Entry | None:
+    def publish(self, entry: Entry | None, key: bytes, cache: Cache) -> Entry | None:
         """Let others copy the first positions, those of ``key``, of a running sequence. None where others have them.
 
         ``entry`` is what the same sequence had published before.
@@ -84,7 +84,7 @@ class PrefixCache:
             return None
         return self._insert(Entry(key, cache))
 
-    def keep(self, entry: Entry | None, key: bytes, cache: KVCache) -> None:
+    def keep(self, entry: Entry | None, key: bytes, cache: Cache) -> None:
         """Take the cache of a sequence that has ended or gives way; the positions of ``key`` in it are valid."""
         entry = self.publish(entry, key, cache)
         if entry is None:

@@ -21,11 +21,7 @@ def choose(logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, 
     """The next token of each sequence from its logits [S, V] float32; -1 where they are not finite."""
     logits = logits.contiguous()
     tokens = _largest(logits)
-    special = [
-        row
-        for row, sequence in enumerate(sequences)
-        if tokens[row] >= 0 and (sequence.sampling.temperature or _adjusts(sequence))
-    ]
+    special = [row for row, sequence in enumerate(sequences) if tokens[row] >= 0 and not greedy(sequence)]
     if special:
         rows = [_adjusted(logits[row], sequences[row], eos_token_ids) for row in special]
         for row, token in zip(special, _draw(rows, [sequences[row] for row in special]), strict=True):
@@ -84,7 +80,12 @@ def _draw(rows: list[Tensor], sequences: list[Sequence]) -> list[int]:
     return tokens
 
 
-def _adjusts(sequence: Sequence) -> bool:
+def greedy(sequence: Sequence) -> bool:
+    """Whether its token is the likeliest, as the logits are."""
+    return not sequence.sampling.temperature and not adjusts(sequence)
+
+
+def adjusts(sequence: Sequence) -> bool:
     """Whether anything is added to its logits or taken from them."""
     sampling = sequence.sampling
     penalized = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
@@ -94,7 +95,7 @@ def _adjusts(sequence: Sequence) -> bool:
 def _adjusted(logits: Tensor, sequence: Sequence, eos_token_ids: tuple[int, ...]) -> Tensor:
     """With bias and penalties as vLLM defines them, on a copy where anything changes [V]."""
     sampling = sequence.sampling
-    if not _adjusts(sequence):
+    if not adjusts(sequence):
         return logits
     logits = torch.from_numpy(logits.numpy().copy())  # torch would wake threads for it, which costs more than it does
     if sampling.logit_bias:

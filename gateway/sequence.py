@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from consilium.errors import ConsiliumError
 from gateway.fair_share import Client
-from gateway.kv_cache import KVCache
+from gateway.kv_cache import Cache
 from gateway.messages import Failure, FinishReason, Generate, Output, SamplingParams
 from gateway.prefix_cache import Entry, token_key
 
@@ -25,7 +25,7 @@ class Sequence:
     client: Client = field(default_factory=Client)
     arrival: int = 0  # its number among all that came
     computed: int = 0  # tokens whose keys and values are in the cache
-    cache: KVCache | None = None
+    cache: Cache | None = None
     key: bytes = b""  # the tokens that it began with, or went on with after it gave way, for the prefix cache
     entry: Entry | None = None  # what others may copy of its cache
     published: int = 0  # bytes of the key that were computed when the entry was made

@@ -1,18 +1,47 @@
-"""A mistake of Triton 3.6's interpreter beside numpy 2.4 put right: loops over bounds that a kernel is given or loads."""
+"""Triton 3.6's interpreter mended, for tests: it fails beside numpy 2.4, and spends most of its time on preparations."""
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
+import triton.language as tl
 from triton.runtime import interpreter
 
 
 def mend() -> None:
-    """numpy takes no array of one element for an integer any more; the interpreter's scalars are such arrays."""
-    patch = interpreter._patch_lang_tensor
+    """Once, before any kernel runs."""
+    interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
+    interpreter._patch_builtin = _patch_builtin
+    interpreter.InterpretedFunction.__call__ = _call
+
+
+def _with_index(patch: Any) -> Any:
+    """Loops over bounds that a kernel is given: numpy takes no array of one element for an integer any more."""
 
     def patch_and_mend(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patch_and_mend
+    return patch_and_mend
+
+
+@cache
+def _builtins(package: Any) -> list[str]:
+    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+
+def _patch_builtin(package: Any, builder: Any, scope: Any) -> None:
+    """Triton's own looks through all names of the language at every launch."""
+    for name in _builtins(package):
+        member = getattr(package, name)
+        if tl.core.is_builtin(member):  # else it is patched already
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+
+def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that a kernel calls: what Triton's own patches is patched already, but for what its library sees."""
+    if self.fn.__module__.startswith("triton."):
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)

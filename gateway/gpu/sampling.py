@@ -21,7 +21,7 @@ BLOCKS = 8  # of 512 that one program adds up
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of logits [S, V] float32 the largest, and the lowest id of it as int32; -1 where one is not finite."""
+    """Of each row of logits [S, V] float32 the largest, and the lowest id of it, int32; -1 where one is not finite."""
     rows, size = logits.shape
     parts = tiles_of(size, WIDE)
     best = torch.empty(rows, parts, device=logits.device)

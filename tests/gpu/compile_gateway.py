@@ -1,4 +1,4 @@
-"""Compiles the gateway's kernels for a Hopper GPU, at the sizes of Qwen3-30B-A3B: ``python -m tests.gpu.compile_gateway``.
+"""Compiles the gateway's kernels for a Hopper GPU at Qwen3-30B-A3B's sizes: ``python -m tests.gpu.compile_gateway``.
 
 Prints warps and bytes of shared memory of each. A program of its own: a process either interprets or compiles.
 """

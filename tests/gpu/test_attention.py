@@ -78,10 +78,13 @@ class Cache:
         """Rows of sequence i from a position on, for each part (i, qkv, position)."""
         rows = [(row, position + n) for row, qkv, position in parts for n in range(len(qkv))]
         slots = [int(self.table[row, at // PAGE]) * PAGE + at % PAGE for row, at in rows]
-        table, first, most = [], 0, TILING.positions(SHAPE)
+        table: list[list[int]] = []
+        first, most = 0, TILING.positions(SHAPE)
         for row, qkv, position in parts:
-            for start in range(0, len(qkv), most):
-                table.append([first + start, min(most, len(qkv) - start), position + start, row])
+            table += [
+                [first + start, min(most, len(qkv) - start), position + start, row]
+                for start in range(0, len(qkv), most)
+            ]
             first += len(qkv)
         positions = self._ints([at for _, at in rows])
         chunks = TILING.chunks(max(at for _, at in rows) + 1)

@@ -10,9 +10,11 @@ import torch
 
 from consilium.checkpoint import Checkpoint
 from gateway.arithmetic import Arithmetic
+from gateway.dispatcher import Dispatcher
 from gateway.engine import Engine
+from gateway.engine_model import EngineModel
 from gateway.gate_policy import GatePolicy
-from gateway.kv_cache import BLOCK, KVPool
+from gateway.kv_cache import BLOCK, KVPool, Pool
 from gateway.kv_store import KVStore
 from gateway.mailbox import Mailbox
 from gateway.messages import Abort, EngineStats, Failure, Generate, Output, SamplingParams, TokenLogprobs
@@ -73,13 +75,25 @@ class Served:
         replies = arithmetic.dtype if arithmetic.experts is None else torch.bfloat16
         dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute, replies)
         memory = blocks * BLOCK * config.cached_elements * arithmetic.dtype.itemsize
-        scheduler = Scheduler(KVStore(KVPool(config, arithmetic.dtype, memory), prefix_cache=prefix_cache), 8, step)
-        model = Model(checkpoint, arithmetic, dispatcher, dispatcher.clock, policy)
+        model, pool = self.model_of(checkpoint, arithmetic, dispatcher, policy, memory)
+        scheduler = Scheduler(KVStore(pool, prefix_cache=prefix_cache), 8, step)
         self.engine = Engine(
             model, scheduler, dispatcher, self.mailbox, config.eos_token_ids, MicroBatches.of(config, micro_batches)
         )
         self.stories: dict[int, Story] = {}
         self.stats: list[EngineStats] = []
+
+    def model_of(
+        self,
+        checkpoint: Checkpoint,
+        arithmetic: Arithmetic,
+        dispatcher: Dispatcher,
+        policy: GatePolicy | None,
+        memory: int,
+    ) -> tuple[EngineModel, Pool]:
+        """What computes, with its pool of so many bytes for keys and values."""
+        pool = KVPool(checkpoint.config, arithmetic.dtype, memory)
+        return Model(checkpoint, arithmetic, dispatcher, dispatcher.clock, policy), pool
 
     def _handle(self, event: object) -> None:
         assert isinstance(event, Abort)

@@ -1,0 +1,119 @@
+"""The rows of one step as kernels of the device are told of them: int32 numbers, copied there all at once.
+
+A decoding step is filled up to the size of a graph with copies of its first row, which so ask for no further experts;
+their keys and values go to nobody's page.
+Letters: T rows of the step, S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gateway.batch import Segment, StepRows
+from gateway.gpu.attention import TILE, Tiles, Tiling
+from gateway.gpu.pages import PAGE, PagedCache
+from gateway.kv_cache import blocks_for
+
+# Rows that a graph is made for: finer where more rows cost more time.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Partial results of attention, rows by chunks, that there is memory for; beyond them a program walks through all chunks.
+MOST_PARTIALS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What launches depend on: equal for steps that one graph serves."""
+
+    rows: int
+    tiles: int
+    sequences: int
+    chunks: int
+    blocks: int  # of the longest sequence
+    split: bool
+
+    def parts(self) -> list[int]:
+        """How many numbers there are of each kind: tokens, positions, slots, tiles, pages."""
+        return [self.rows] * 3 + [TILE * self.tiles, self.sequences * self.blocks]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """A step on the device: views of its numbers."""
+
+    tokens: Tensor  # [T] int32
+    positions: Tensor  # [T] int32
+    slots: Tensor  # [T] int32: where the row's key and value go
+    tiles: Tiles
+
+
+def paged(segment: Segment) -> PagedCache:
+    """The segment's cache."""
+    if not isinstance(segment.cache, PagedCache):
+        raise TypeError("kernels of the device read caches in pages")
+    return segment.cache
+
+
+def shape_of(batch: StepRows, tiling: Tiling, per_tile: int, *, graph: bool) -> StepShape:
+    """The shape of a step: exact, or that of the graph which serves it. ``per_tile``: positions of a tile."""
+    rows, sequences = len(batch.tokens), len(batch.segments)
+    longest = max(each.position + each.length for each in batch.segments)
+    tiles, chunks, blocks = sum(-(-each.length // per_tile) for each in batch.segments), tiling.chunks(longest), 0
+    if graph:
+        rows = tiles = sequences = next(each for each in BUCKETS if each >= rows)
+        chunks = 1 << (chunks - 1).bit_length()
+        blocks = chunks * tiling.chunk // PAGE
+    split = chunks > 1 and rows * chunks <= MOST_PARTIALS
+    return StepShape(rows, tiles, sequences, chunks, blocks or blocks_for(longest), split)
+
+
+def fits_a_graph(batch: StepRows) -> bool:
+    """Whether it is a decoding step of no more rows than graphs have."""
+    return not batch.prefill and len(batch.tokens) <= BUCKETS[-1]
+
+
+def numbers_of(batch: StepRows, shape: StepShape, per_tile: int) -> NDArray[np.int32]:
+    """All numbers of a step, one kind after the other, as ``view`` takes them apart."""
+    numbers = np.zeros(sum(shape.parts()), np.int32)
+    tokens, positions, slots, tiles, pages = _split(numbers, shape)
+    tile, table = 0, tiles.reshape(-1, TILE)
+    tokens[: len(batch.tokens)] = batch.tokens.numpy()
+    for number, segment in enumerate(batch.segments):
+        cache, first, row = paged(segment), segment.position, segment.row
+        own = slice(row, row + segment.length)
+        positions[own] = np.arange(first, first + segment.length)
+        slots[own] = cache.slots(first, segment.length)
+        used = blocks_for(first + segment.length)
+        pages.reshape(-1, shape.blocks)[number, :used] = cache.pages[:used]
+        for begin in range(0, segment.length, per_tile):
+            count = min(per_tile, segment.length - begin)
+            table[tile] = row + begin, count, first + begin, number
+            tile += 1
+    if len(batch.tokens) < shape.rows:
+        for each in (tokens, positions):  # the slots are nobody's
+            each[len(batch.tokens) :] = each[0]
+        table[tile:] = [(row, 1, positions[0], 0) for row in range(tile, shape.tiles)]
+    return numbers
+
+
+def view(numbers: Tensor, shape: StepShape) -> DeviceStep:
+    """The step whose ``numbers`` int32 lie on the device."""
+    tokens, positions, slots, tiles, pages = numbers.split(shape.parts())
+    table, places = tiles.view(-1, TILE), pages.view(-1, shape.blocks)
+    return DeviceStep(tokens, positions, slots, Tiles(table, places, positions, shape.chunks, shape.split))
+
+
+def to_device(numbers: NDArray[np.int32], device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    host = torch.from_numpy(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _split(numbers: NDArray[np.int32], shape: StepShape) -> list[NDArray[np.int32]]:
+    ends = np.cumsum([0, *shape.parts()])
+    return [numbers[first:end] for first, end in pairwise(ends)]

@@ -1,0 +1,132 @@
+"""A decoder-only transformer on a device: what gateway.model is on the CPU. The experts may be elsewhere.
+
+Letters: T rows of the step, D hidden size, V vocabulary, S sequences that get a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from consilium.checkpoint import Checkpoint
+from consilium.gpu.norm import new_rows, rms_norm
+from consilium.gpu.quantize import quantize_rows
+from consilium.rope import Rope
+from gateway.batch import Segment, StepRows
+from gateway.gate_policy import GatePolicy
+from gateway.gpu.attention import Tiling
+from gateway.gpu.batch import DeviceStep, StepShape, fits_a_graph, numbers_of, shape_of, to_device, view
+from gateway.gpu.choose import choose
+from gateway.gpu.combine import combine
+from gateway.gpu.experts import ExpertHalf
+from gateway.gpu.graphs import Graphs
+from gateway.gpu.layer import DeviceLayer, Routed, head_shape
+from gateway.gpu.linear import DeviceLinear
+from gateway.gpu.pages import PagePool
+from gateway.local_experts import run_now
+from gateway.sequence import Sequence
+from gateway.stage_clock import StageClock
+
+T = TypeVar("T")
+Run = Callable[[Hashable, Callable[[], T]], T]
+
+
+class DeviceModel:
+    """Embedding, layers, final norm and head."""
+
+    policy: GatePolicy | None = None
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        experts: ExpertHalf,
+        make_pool: Callable[[], PagePool],
+        tiling: Tiling,
+        device: torch.device,
+        clock: StageClock | None = None,
+    ) -> None:
+        """``make_pool`` is called last: keys and values take of the memory that is left."""
+        config, names = checkpoint.config, checkpoint.names
+        self.clock, self._experts, self._tiling, self._device = clock or StageClock(), experts, tiling, device
+        shape = (config.vocab_size, config.hidden_size)
+        embed = checkpoint.tensor(names.embed, shape)
+        head = embed if config.tie_embeddings else checkpoint.matrix(names.head, shape)
+        self._embed, self._head = embed.to(device), DeviceLinear([head], [], device)
+        self._norm = checkpoint.tensor(names.final_norm, (config.hidden_size,)).float().to(device)
+        self._epsilon, self._per_tile = config.rms_norm_eps, tiling.positions(head_shape(config))
+        cos, sin = Rope(config).tables(torch.arange(config.max_position))
+        self._turns = cos.contiguous().to(device), sin.contiguous().to(device)
+        self._layers = [DeviceLayer(checkpoint, layer, tiling, device) for layer in range(config.num_layers)]
+        self._graphs = Graphs(device)
+        self._kept: dict[StepShape, tuple[Tensor, Tensor]] = {}  # of each graph: its numbers, and its residual stream
+        self.pool = make_pool()
+
+    def batch(self, tokens: list[int], segments: list[Segment]) -> StepRows:
+        """The rows of one step; ``tokens`` are those of the segments, one after the other."""
+        return StepRows(torch.tensor(tokens), segments)
+
+    async def forward(self, batch: StepRows) -> Tensor:
+        """Hidden states [T, D] after the final norm. Stops early once nobody waits for any row."""
+        graph = fits_a_graph(batch)
+        shape = shape_of(batch, self._tiling, self._per_tile, graph=graph)
+        step, x = self._upload(batch, shape, keep=graph and self._graphs.enabled)
+        if not graph:
+            hidden = await self._pass(batch, step, x, lambda _, launch: launch())
+        elif self._experts.awaits:
+            hidden = await self._pass(batch, step, x, lambda part, launch: self._graphs.run((shape, part), launch))
+        else:
+            whole = partial(self._pass, batch, step, x, lambda _, launch: launch())
+            hidden = self._graphs.run(shape, lambda: run_now(whole()))
+        self.clock.mark("attention")
+        return hidden[: len(batch.tokens)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, D] -> [T, V] float32."""
+        logits = self._head.forward(quantize_rows(hidden.contiguous()))
+        self.clock.mark("head")
+        return logits
+
+    def choose(self, logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> list[int]:
+        """The next token of each sequence from its logits [S, V]; -1 where they are not finite."""
+        return choose(logits, sequences, eos_token_ids)
+
+    async def _pass(self, batch: StepRows, step: DeviceStep, x: Tensor, run: Run[Routed | Tensor | None]) -> Tensor:
+        """All layers; ``run`` launches one part after the other, between which the host has its say."""
+        for layer in self._layers:
+            routed = run(layer.number, partial(self._launch, layer, step, x))
+            if isinstance(routed, Routed):
+                self.clock.mark("attention")
+                rows, weights = await self._experts.forward(layer.number, routed, batch)
+                combine(x[: len(weights)], rows, weights)
+            if not batch.live_rows():
+                break
+        hidden = run("norm", partial(self._last_norm, x))
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def _launch(self, layer: DeviceLayer, step: DeviceStep, x: Tensor) -> Routed | None:
+        """A layer up to its experts; the first one begins with the embedding."""
+        if layer is self._layers[0]:
+            x.copy_(self._embed[step.tokens])
+        return layer.forward(x, step, self._turns, self.pool.layer(layer.number))
+
+    def _last_norm(self, x: Tensor) -> Tensor:
+        hidden = torch.empty_like(x)
+        rms_norm(x, self._norm, self._epsilon, new_rows(len(x), x.shape[1], x.device), hidden)
+        return hidden
+
+    def _upload(self, batch: StepRows, shape: StepShape, *, keep: bool) -> tuple[DeviceStep, Tensor]:
+        """The step's numbers, and room for its residual stream [T, D]: for a graph always in the same place."""
+        numbers = to_device(numbers_of(batch, shape, self._per_tile), self._device)
+        if not keep:
+            return view(numbers, shape), torch.empty(shape.rows, self._embed.shape[1], device=self._device)
+        if shape not in self._kept:
+            x = torch.empty(shape.rows, self._embed.shape[1], device=self._device)
+            self._kept[shape] = torch.empty_like(numbers), x
+        place, x = self._kept[shape]
+        place.copy_(numbers)
+        return view(place, shape), x
