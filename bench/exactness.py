@@ -68,7 +68,7 @@ def free_attention(self: Attention, x: Tensor, batch: Batch) -> Tensor:
 
 def _attend(self: Attention, segment: Segment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     start, stop = segment.position, segment.position + segment.length
-    keys, values = segment.cache.keys[self.heads.layer], segment.cache.values[self.heads.layer]
+    keys, values = (each[self.heads.layer] for each in segment.tensors)
     positions = torch.arange(start, stop)
     keys[:, positions // BLOCK, :, positions % BLOCK] = k
     values[:, start:stop] = v.transpose(0, 1)

@@ -75,6 +75,16 @@ class GatewayConfig(Section):
     max_model_len: int | None = Field(None, ge=1, description="most tokens of prompt and completion together")
     max_step_tokens: int = Field(512, ge=1, le=8192, description="most tokens computed in one step")
     kv_cache_memory: Size = Field(2 * 2**30, ge=2**20, description="memory for keys and values")
+    device: Device = Field(
+        "auto", description="where attention is computed: cpu, cuda, or auto: a GPU where there is one that can"
+    )
+    kv_cache_device_memory: Size | None = Field(
+        None, ge=2**20, description="memory of a GPU for keys and values; most of what the model leaves by default"
+    )
+    batch_invariant: bool = Field(
+        True, description="on a GPU, a request's bits do not depend on what is computed beside it, at some cost"
+    )
+    local_experts: bool = Field(False, description="compute every expert in the gateway; no workers are asked")
     prefix_cache: bool = Field(True, description="keep them for requests that begin alike, as long as there is room")
     # More than 24 days are more milliseconds than epoll can wait for, and 49 more than a call can say.
     layer_timeout: Duration = Field(

@@ -21,6 +21,7 @@ FLAGS = {
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "router": ("router.endpoint", "grpc://HOST:PORT of the router that knows the workers"),
     "token-file": ("tokens.gateway_file", "the secret that gateways show router and workers"),
+    "device": ("gateway.device", "cpu, cuda, or auto: a GPU where there is one that can"),
     "host": ("gateway.host", "address to listen on"),
     "port": ("gateway.port", "port to listen on; 0 lets the system choose"),
     "threads": ("gateway.threads", "compute threads of the engine; all cores by default"),

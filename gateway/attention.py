@@ -80,7 +80,7 @@ def read_projections(checkpoint: Checkpoint, layer: int) -> tuple[list[Tensor | 
 
 
 def read_head_norms(checkpoint: Checkpoint, layer: int) -> list[Tensor]:
-    """The norms' weights for queries and keys, of every head [d] or of all heads together; none where there are none."""
+    """The norms' weights for queries and keys, of every head [d] or of all heads together, or none."""
     config, names, found = checkpoint.config, checkpoint.names, []
     if not config.qk_norm:
         return []

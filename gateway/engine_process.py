@@ -26,12 +26,10 @@ from consilium.models import resolve_model
 from consilium.telemetry import setup_logging
 from consilium.tokens import GATEWAY, metadata_of
 from consilium.wire import ROW_DTYPES, WIRE_DTYPES
-from gateway.arithmetic import find_arithmetic
+from gateway.device import make_model
 from gateway.dispatcher import Dispatcher
 from gateway.engine import Engine
 from gateway.expert_meter import ExpertCounts, ExpertMeter
-from gateway.gate_policy import find_policy
-from gateway.kv_cache import KVPool
 from gateway.kv_store import KVStore
 from gateway.local_experts import local_experts
 from gateway.mailbox import Mailbox
@@ -67,28 +65,24 @@ class EngineProcess:
         self._link.settimeout(SEND_TIMEOUT)
         self._config = config
         self._checkpoint = Checkpoint(resolve_model(config.model))
-        dtype, reply_dtype = ROW_DTYPES[config.dtype], ROW_DTYPES[config.reply_dtype]
+        reply_dtype = ROW_DTYPES[config.reply_dtype]
         _check_deployment(config, self._checkpoint.config)
         self._mailbox = Mailbox(self._handle)
         self._meter = ExpertMeter(self._checkpoint.config)
         local = partial(local_experts, config, self._checkpoint)
         self._dispatcher = Dispatcher(reply_dtype, config.gateway, self._meter, local)
-        pool = KVPool(self._checkpoint.config, dtype, config.gateway.kv_cache_memory)
-        store = KVStore(pool, prefix_cache=config.gateway.prefix_cache)
         self._cache = self._make_cache(reply_dtype)
+        model, pool = make_model(config, self._checkpoint, self._cache or self._dispatcher, self._dispatcher.clock)
+        store = KVStore(pool, prefix_cache=config.gateway.prefix_cache)
+        # On a GPU parts of a step are where the last one's were: one batch at a time.
+        batches = config.gateway.micro_batches if isinstance(model, Model) else 1
         self._engine = Engine(
-            Model(
-                self._checkpoint,
-                find_arithmetic(config, self._checkpoint.config),
-                self._cache or self._dispatcher,
-                self._dispatcher.clock,
-                find_policy(config.gateway, self._checkpoint.config),
-            ),
+            model,
             Scheduler(store, config.gateway.max_running, config.gateway.max_step_tokens),
             self._dispatcher,
             self._mailbox,
             self._checkpoint.config.eos_token_ids,
-            MicroBatches.of(self._checkpoint.config, config.gateway.micro_batches),
+            MicroBatches.of(self._checkpoint.config, batches),
         )
         self._known_experts = KnownExperts()
         self._view: View | None = None
@@ -159,7 +153,8 @@ class EngineProcess:
     def _report(self) -> None:
         if self._view is None:
             return
-        missing = self._dispatcher.placement.missing(self._checkpoint.config)
+        local = self._config.gateway.local_experts
+        missing = [] if local else self._dispatcher.placement.missing(self._checkpoint.config)
         # Who has been complete once can do without a worker, if it is to.
         self._goes_on |= not missing and self._config.gateway.last_replica != "fail"
         out = self._dispatcher.crew.out()
@@ -245,10 +240,10 @@ def _explain(missing: list[tuple[int, int]], workers: list[WorkerStatus]) -> str
 def _check_deployment(config: Config, model: ModelConfig) -> None:
     """Raises ConfigError for what would otherwise fail with the first request, or never become ready."""
     routed = config.router is not None and config.router.endpoint is not None
-    if not config.experts and not routed and model.expert_layers():
+    if not config.experts and not routed and not config.gateway.local_experts:
         raise ConfigError(
             "experts: no group is configured; name at least one with its endpoint, grpc://HOST:PORT, or "
-            "router.endpoint where a router knows the workers"
+            "router.endpoint where a router knows the workers; or gateway.local_experts to compute them here"
         )
     row = model.hidden_size * ROW_DTYPES[config.reply_dtype].itemsize
     most = config.worker.max_frame // (row * model.top_k)

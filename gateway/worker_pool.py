@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from consilium.config import ExpertGroupConfig, RouterConfig, split_endpoint
 from consilium.model_config import ModelConfig
@@ -63,10 +64,11 @@ class WorkerPool:
     async def run(self) -> None:
         """Follow the endpoints until cancelled, then close every connection."""
         endpoints = [(name, group, each) for name, group in self._groups.items() for each in group.endpoints]
-        watches = [self.router.run()] if self.router else [self._watch(*each) for each in endpoints]
+        watches: list[Coroutine[Any, Any, object]] = []
+        watches += [self.router.run()] if self.router else [self._watch(*each) for each in endpoints]
         self._publish()
         try:
-            await asyncio.gather(*watches)
+            await asyncio.gather(*watches or [asyncio.Event().wait()])  # without endpoints there is nothing to follow
         finally:
             for task in self._tasks.values():
                 task.cancel()

@@ -1,4 +1,4 @@
-"""Triton 3.6's interpreter mended, for tests: it fails beside numpy 2.4, and spends most of its time on preparations."""
+"""Triton 3.6's interpreter mended, for tests: it fails beside numpy 2.4, and prepares more than it computes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def mend() -> None:
     """Once, before any kernel runs."""
     interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
     interpreter._patch_builtin = _patch_builtin
+    interpreter._get_np_dtype = _numpy_dtype(interpreter._get_np_dtype)
     interpreter.InterpretedFunction.__call__ = _call
 
 
@@ -25,6 +26,20 @@ def _with_index(patch: Any) -> Any:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     return patch_and_mend
+
+
+def _numpy_dtype(find: Any) -> Any:
+    """Triton's own builds its table anew for every operation."""
+    by_name = cache(lambda name: find(getattr(tl, name)))
+    names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+
+    def find_or_recall(dtype: Any) -> Any:
+        scalar = dtype.scalar
+        if isinstance(scalar, tl.pointer_type) or scalar.name.startswith("fp8"):
+            return find(dtype)
+        return by_name(names.get(scalar.name, scalar.name))
+
+    return find_or_recall
 
 
 @cache

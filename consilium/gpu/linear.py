@@ -1,4 +1,4 @@
-"""The exact product of int8 rows with int8 weights, as consilium.quantization defines it. Integers: any tiles are right.
+"""The exact product of int8 rows with int8 weights, as consilium.quantization defines it. Any tiles are right.
 
 Letters: T rows, N output channels, K what is summed over.
 """

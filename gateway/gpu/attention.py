@@ -12,6 +12,7 @@ Letters: T rows, H query heads, Hkv key-value heads, G = H / Hkv, d head size, C
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -45,6 +46,11 @@ class Tiling:
         return -(-positions // self.chunk)
 
 
+# Of decoding steps, and of steps with prompts: the same for the same bits, else what suits each best.
+INVARIANT = Tiling(), Tiling()
+FAST = Tiling(rows=16, chunk=256), Tiling(rows=128, warps=8)
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """The tiles of a step, and where the sequences' pages are."""
@@ -54,6 +60,7 @@ class Tiles:
     positions: Tensor  # int32 [T]
     chunks: int  # of the longest sequence
     split: bool  # a program for every chunk
+    tiling: Tiling
 
     @property
     def partials(self) -> int:
@@ -61,11 +68,9 @@ class Tiles:
         return self.chunks if self.split else 1
 
 
-def attend(
-    queries: Tensor, shape: HeadShape, pages: LayerPages, tiles: Tiles, tiling: Tiling, window: int, out: Quantized
-) -> None:
+def attend(queries: Tensor, shape: HeadShape, pages: LayerPages, tiles: Tiles, window: int, out: Quantized) -> None:
     """Attention of ``queries`` [T, H, d], of the pages' dtype, as int8 rows [T, H d]. ``window`` 0 is none."""
-    rows, device = len(queries), queries.device
+    rows, device, tiling = len(queries), queries.device, tiles.tiling
     sums = torch.empty(rows, shape.heads, tiles.partials, shape.size, device=device)
     heads = torch.empty(rows, shape.heads, tiles.partials, 2, device=device)  # largest score, and total
     positions = tiling.positions(shape)

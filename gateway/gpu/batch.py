@@ -17,12 +17,13 @@ from torch import Tensor
 
 from gateway.batch import Segment, StepRows
 from gateway.gpu.attention import TILE, Tiles, Tiling
+from gateway.gpu.heads import HeadShape
 from gateway.gpu.pages import PAGE, PagedCache
 from gateway.kv_cache import blocks_for
 
 # Rows that a graph is made for: finer where more rows cost more time.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Partial results of attention, rows by chunks, that there is memory for; beyond them a program walks through all chunks.
+# Partial results of attention, rows by chunks, that there is memory for; else a program walks through all chunks.
 MOST_PARTIALS = 8192
 
 
@@ -36,6 +37,8 @@ class StepShape:
     chunks: int
     blocks: int  # of the longest sequence
     split: bool
+    tiling: Tiling
+    per_tile: int  # query positions of a tile
 
     def parts(self) -> list[int]:
         """How many numbers there are of each kind: tokens, positions, slots, tiles, pages."""
@@ -59,8 +62,9 @@ def paged(segment: Segment) -> PagedCache:
     return segment.cache
 
 
-def shape_of(batch: StepRows, tiling: Tiling, per_tile: int, *, graph: bool) -> StepShape:
-    """The shape of a step: exact, or that of the graph which serves it. ``per_tile``: positions of a tile."""
+def shape_of(batch: StepRows, tiling: Tiling, heads: HeadShape, *, graph: bool) -> StepShape:
+    """The shape of a step: exact, or that of the graph which serves it."""
+    per_tile = tiling.positions(heads)
     rows, sequences = len(batch.tokens), len(batch.segments)
     longest = max(each.position + each.length for each in batch.segments)
     tiles, chunks, blocks = sum(-(-each.length // per_tile) for each in batch.segments), tiling.chunks(longest), 0
@@ -69,7 +73,7 @@ def shape_of(batch: StepRows, tiling: Tiling, per_tile: int, *, graph: bool) -> 
         chunks = 1 << (chunks - 1).bit_length()
         blocks = chunks * tiling.chunk // PAGE
     split = chunks > 1 and rows * chunks <= MOST_PARTIALS
-    return StepShape(rows, tiles, sequences, chunks, blocks or blocks_for(longest), split)
+    return StepShape(rows, tiles, sequences, chunks, blocks or blocks_for(longest), split, tiling, per_tile)
 
 
 def fits_a_graph(batch: StepRows) -> bool:
@@ -77,7 +81,7 @@ def fits_a_graph(batch: StepRows) -> bool:
     return not batch.prefill and len(batch.tokens) <= BUCKETS[-1]
 
 
-def numbers_of(batch: StepRows, shape: StepShape, per_tile: int) -> NDArray[np.int32]:
+def numbers_of(batch: StepRows, shape: StepShape) -> NDArray[np.int32]:
     """All numbers of a step, one kind after the other, as ``view`` takes them apart."""
     numbers = np.zeros(sum(shape.parts()), np.int32)
     tokens, positions, slots, tiles, pages = _split(numbers, shape)
@@ -90,8 +94,8 @@ def numbers_of(batch: StepRows, shape: StepShape, per_tile: int) -> NDArray[np.i
         slots[own] = cache.slots(first, segment.length)
         used = blocks_for(first + segment.length)
         pages.reshape(-1, shape.blocks)[number, :used] = cache.pages[:used]
-        for begin in range(0, segment.length, per_tile):
-            count = min(per_tile, segment.length - begin)
+        for begin in range(0, segment.length, shape.per_tile):
+            count = min(shape.per_tile, segment.length - begin)
             table[tile] = row + begin, count, first + begin, number
             tile += 1
     if len(batch.tokens) < shape.rows:
@@ -105,7 +109,9 @@ def view(numbers: Tensor, shape: StepShape) -> DeviceStep:
     """The step whose ``numbers`` int32 lie on the device."""
     tokens, positions, slots, tiles, pages = numbers.split(shape.parts())
     table, places = tiles.view(-1, TILE), pages.view(-1, shape.blocks)
-    return DeviceStep(tokens, positions, slots, Tiles(table, places, positions, shape.chunks, shape.split))
+    return DeviceStep(
+        tokens, positions, slots, Tiles(table, places, positions, shape.chunks, shape.split, shape.tiling)
+    )
 
 
 def to_device(numbers: NDArray[np.int32], device: torch.device) -> Tensor:

@@ -5,14 +5,23 @@ Letters: T rows of the step, D hidden size, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from consilium.checkpoint import Checkpoint
+from consilium.errors import ConfigError
+from consilium.experts import ExpertWeights
 from consilium.gate import Routing
+from consilium.gpu.experts import ExpertForm, compute, form_of, table_of
+from consilium.gpu.sort import sort_pairs
+from consilium.gpu.tiling import batch_of, nearest
+from consilium.gpu.tuned import tilings_for
+from consilium.gpu.upload import Uploader
+from consilium.int8_experts import prepare_int8
 from consilium.kernels import routing as kernel
-from consilium.quantization import Quantized
 from gateway.batch import StepRows
 from gateway.batches import ExpertOutputs, group_by_expert, keep_tokens
 from gateway.gpu.layer import Routed
@@ -66,6 +75,43 @@ class DispatchedExperts:
         outputs.release()
         self._clock.mark("combine")
         return found.to(device, non_blocking=True), routing.weights.to(device, non_blocking=True)
+
+
+class OwnExperts:
+    """Every expert of the model on this device: only launches, nothing that the host waits for."""
+
+    awaits = False
+
+    def __init__(self, form: ExpertForm, layers: Mapping[int, Sequence[ExpertWeights]], device: torch.device) -> None:
+        """``layers`` has the experts of each layer that routes, on the device."""
+        self._form, self._held = form, layers  # which the tables have the addresses of
+        self._tables = {layer: table_of(form, experts).to(device) for layer, experts in layers.items()}
+        self._tilings = tilings_for(form, device)
+
+    async def forward(self, layer: int, routed: Routed, batch: StepRows) -> tuple[Tensor, Tensor]:  # noqa: ARG002 (the protocol's; nothing fails)
+        """Output rows [T * K, D] of all T rows, also of those that fill up a graph."""
+        table, pairs = self._tables[layer], routed.ids.numel()
+        tiling = nearest(self._tilings, batch_of(pairs, len(table)))
+        groups = sort_pairs(routed.ids, table, tiling.block_m)
+        out = torch.empty(pairs, self._form.hidden_size, dtype=self._form.replies, device=routed.ids.device)
+        compute(self._form, tiling, table, groups, *routed.rows, out)
+        return out, routed.weights
+
+
+def load_experts(checkpoint: Checkpoint, device: torch.device) -> OwnExperts:
+    """All experts of a checkpoint in int8. Raises CheckpointError, and ConfigError where the memory does not do."""
+    uploader, config = Uploader(device), checkpoint.config
+    try:
+        layers = {
+            layer: [uploader.upload(prepare_int8(checkpoint.expert(layer, each))) for each in range(config.num_experts)]
+            for layer in config.expert_layers()
+        }
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            "gateway.local_experts: the experts do not fit the GPU's memory; leave it out, and let workers hold them"
+        ) from None
+    one = next(iter(layers.values()))[0]
+    return OwnExperts(form_of(one, torch.int8, torch.bfloat16), layers, device)
 
 
 def _gather(outputs: ExpertOutputs, *, pinned: bool) -> Tensor:

@@ -20,7 +20,7 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
     def run(self, key: Hashable, launch: Callable[[], T]) -> T:
-        """What ``launch`` returns: run at first, which compiles its kernels, then recorded, and from then on replayed."""
+        """What ``launch`` returns: it is first run, which compiles kernels, then recorded, then only replayed."""
         if not self.enabled:
             return launch()
         if key not in self._seen:

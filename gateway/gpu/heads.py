@@ -7,6 +7,7 @@ Letters: T rows, H query heads, Hkv key-value heads, d head size, r rotated elem
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 from torch import Tensor

@@ -15,7 +15,7 @@ from consilium.gpu.norm import activate, new_rows, rms_norm
 from consilium.model_config import ModelConfig
 from consilium.quantization import Quantized
 from gateway.attention import read_head_norms, read_projections
-from gateway.gpu.attention import Tiling, attend
+from gateway.gpu.attention import attend
 from gateway.gpu.batch import DeviceStep
 from gateway.gpu.gate import route
 from gateway.gpu.heads import HeadNorms, HeadShape, prepare
@@ -42,10 +42,10 @@ def head_shape(config: ModelConfig) -> HeadShape:
 class DeviceLayer:
     """Attention, then feed-forward, each on the normed residual stream, which they add to."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: int, tiling: Tiling, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: int, device: torch.device) -> None:
         config, names = checkpoint.config, checkpoint.names
         self.number, self.routes, self._config = layer, config.moe_layers[layer], config
-        self._shape, self._tiling = head_shape(config), tiling
+        self._shape = head_shape(config)
         self._window = (config.sliding_windows[layer] or 0) if config.sliding_windows else 0
         self._input_norm, self._post_norm = (
             checkpoint.tensor(name.format(layer=layer), (config.hidden_size,)).float().to(device)
@@ -81,7 +81,7 @@ class DeviceLayer:
         queries = torch.empty(len(x), shape.heads, shape.size, dtype=pages.keys.dtype, device=x.device)
         prepare(qkv, shape, self._norms, turns, step.positions, step.slots, pages, queries)
         rows = new_rows(len(x), shape.heads * shape.size, x.device)
-        attend(queries, shape, pages, step.tiles, self._tiling, self._window, rows)
+        attend(queries, shape, pages, step.tiles, self._window, rows)
         self._out.add(rows, x)
 
     def _route(self, x: Tensor) -> Routed:

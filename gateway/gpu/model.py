@@ -45,22 +45,25 @@ class DeviceModel:
         checkpoint: Checkpoint,
         experts: ExpertHalf,
         make_pool: Callable[[], PagePool],
-        tiling: Tiling,
+        tilings: tuple[Tiling, Tiling],
         device: torch.device,
         clock: StageClock | None = None,
     ) -> None:
-        """``make_pool`` is called last: keys and values take of the memory that is left."""
+        """``make_pool`` is called last: keys and values take of the memory that is left.
+
+        ``tilings`` are those of decoding steps, and of steps with prompts.
+        """
         config, names = checkpoint.config, checkpoint.names
-        self.clock, self._experts, self._tiling, self._device = clock or StageClock(), experts, tiling, device
+        self.clock, self._experts, self._tilings, self._device = clock or StageClock(), experts, tilings, device
         shape = (config.vocab_size, config.hidden_size)
         embed = checkpoint.tensor(names.embed, shape)
         head = embed if config.tie_embeddings else checkpoint.matrix(names.head, shape)
         self._embed, self._head = embed.to(device), DeviceLinear([head], [], device)
         self._norm = checkpoint.tensor(names.final_norm, (config.hidden_size,)).float().to(device)
-        self._epsilon, self._per_tile = config.rms_norm_eps, tiling.positions(head_shape(config))
+        self._epsilon, self._heads = config.rms_norm_eps, head_shape(config)
         cos, sin = Rope(config).tables(torch.arange(config.max_position))
         self._turns = cos.contiguous().to(device), sin.contiguous().to(device)
-        self._layers = [DeviceLayer(checkpoint, layer, tiling, device) for layer in range(config.num_layers)]
+        self._layers = [DeviceLayer(checkpoint, layer, device) for layer in range(config.num_layers)]
         self._graphs = Graphs(device)
         self._kept: dict[StepShape, tuple[Tensor, Tensor]] = {}  # of each graph: its numbers, and its residual stream
         self.pool = make_pool()
@@ -72,7 +75,7 @@ class DeviceModel:
     async def forward(self, batch: StepRows) -> Tensor:
         """Hidden states [T, D] after the final norm. Stops early once nobody waits for any row."""
         graph = fits_a_graph(batch)
-        shape = shape_of(batch, self._tiling, self._per_tile, graph=graph)
+        shape = shape_of(batch, self._tilings[batch.prefill], self._heads, graph=graph)
         step, x = self._upload(batch, shape, keep=graph and self._graphs.enabled)
         if not graph:
             hidden = await self._pass(batch, step, x, lambda _, launch: launch())
@@ -121,7 +124,7 @@ class DeviceModel:
 
     def _upload(self, batch: StepRows, shape: StepShape, *, keep: bool) -> tuple[DeviceStep, Tensor]:
         """The step's numbers, and room for its residual stream [T, D]: for a graph always in the same place."""
-        numbers = to_device(numbers_of(batch, shape, self._per_tile), self._device)
+        numbers = to_device(numbers_of(batch, shape), self._device)
         if not keep:
             return view(numbers, shape), torch.empty(shape.rows, self._embed.shape[1], device=self._device)
         if shape not in self._kept:

@@ -10,7 +10,7 @@ import torch
 from consilium.gpu.linear import TILES, linear
 from consilium.gpu.norm import activate, new_rows, rms_norm
 from consilium.quantization import Quantized
-from gateway.gpu.attention import TILE, Tiles, Tiling, attend
+from gateway.gpu.attention import FAST, INVARIANT, TILE, Tiles, attend
 from gateway.gpu.combine import combine
 from gateway.gpu.gate import route
 from gateway.gpu.heads import HeadNorms, HeadShape, prepare
@@ -44,13 +44,13 @@ def heads(dtype: torch.dtype, window: int) -> None:
     pages = LayerPages(*(torch.empty(4, SHAPE.kv_heads, PAGE, SHAPE.size, dtype=dtype) for _ in range(2)))
     queries, turns = torch.empty(2, SHAPE.heads, SHAPE.size, dtype=dtype), torch.empty(64, SHAPE.rotated // 2)
     for whole in (False, True):
-        sizes = [count * SHAPE.size if whole else SHAPE.size for count in (SHAPE.heads, SHAPE.kv_heads)]
-        norms = HeadNorms(*(torch.empty(size) for size in sizes), whole)
+        of_queries, of_keys = (count * SHAPE.size if whole else SHAPE.size for count in (SHAPE.heads, SHAPE.kv_heads))
+        norms = HeadNorms(torch.empty(of_queries), torch.empty(of_keys), whole)
         prepare(torch.empty(2, SHAPE.width), SHAPE, norms, (turns, turns), ints(2), ints(2), pages, queries)
     for split in (False, True):
-        tiles = Tiles(ints(2, TILE), ints(2, 8), ints(2), 2, split)
-        for tiling in (Tiling(), Tiling(rows=16), Tiling(rows=128, warps=8)) if dtype is torch.bfloat16 else ():
-            attend(queries, SHAPE, pages, tiles, tiling, window, new_rows(2, SHAPE.heads * SHAPE.size, CPU))
+        for tiling in {*INVARIANT, *FAST} if dtype is torch.bfloat16 else ():
+            tiles = Tiles(ints(2, TILE), ints(2, 8), ints(2), 2, split, tiling)
+            attend(queries, SHAPE, pages, tiles, window, new_rows(2, SHAPE.heads * SHAPE.size, CPU))
 
 
 def gate_and_sampling() -> None:

@@ -88,13 +88,13 @@ class Cache:
             first += len(qkv)
         positions = self._ints([at for _, at in rows])
         chunks = TILING.chunks(max(at for _, at in rows) + 1)
-        tiles = Tiles(self._ints(table).view(-1, TILE), self._ints(self.table), positions, chunks, split)
+        tiles = Tiles(self._ints(table).view(-1, TILE), self._ints(self.table), positions, chunks, split, TILING)
         qkv = torch.cat([each for _, each, _ in parts]).to(self.device, copy=True)
         queries = torch.empty(len(rows), SHAPE.heads, SHAPE.size, dtype=self.dtype, device=self.device)
         cos, sin = (each.to(self.device) for each in turns())
         prepare(qkv, SHAPE, self.norm, (cos, sin), positions, self._ints(slots), self.pages, queries)
         out = new_rows(len(rows), SHAPE.heads * SHAPE.size, self.device)
-        attend(queries, SHAPE, self.pages, tiles, TILING, self.window, out)
+        attend(queries, SHAPE, self.pages, tiles, self.window, out)
         ends = np.cumsum([0] + [len(qkv) for _, qkv, _ in parts])
         return [Quantized(out.values[a:b].cpu(), out.scales[a:b].cpu()) for a, b in pairwise(ends)]
 

@@ -117,7 +117,7 @@ class Story:
     def _compute(self, sequence: Sequence, length: int) -> None:
         cache, start = sequence.cache, sequence.computed
         assert sequence in self.queue.running
-        assert cache is not None
+        assert isinstance(cache, KVCache)
         assert 0 < length <= sequence.uncomputed
         assert start + length <= cache.committed <= cache.capacity
         if sequence.reusable:
