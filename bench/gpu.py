@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-SECTIONS = {"experts": "bench.gpu_experts", "worker": "bench.gpu_worker"}  # in the order in which they run
+# In the order in which they run.
+SECTIONS = {"experts": "bench.gpu_experts", "worker": "bench.gpu_worker", "decode": "bench.gpu_decode"}
 
 
 class Section(Protocol):

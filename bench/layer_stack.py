@@ -21,6 +21,7 @@ from consilium.checkpoint import Checkpoint
 from consilium.config import Config, ExpertGroupConfig
 from consilium.gate import Routing
 from consilium.model_config import ModelConfig
+from consilium.shapes.folder import ShapeFolder
 from consilium.wire import ROW_DTYPES, WIRE_DTYPES
 from gateway.arithmetic import Arithmetic, find_arithmetic
 from gateway.dispatcher import Dispatcher
@@ -72,7 +73,7 @@ def random_layer(shape: LayerShape) -> Iterator[Path]:
 
 
 @contextmanager
-def expert_workers(model: Path, count: int, threads: int, device: str = "cpu") -> Iterator[list[Process]]:
+def expert_workers(model: Path | ShapeFolder, count: int, threads: int, device: str = "cpu") -> Iterator[list[Process]]:
     """``count`` int8 workers that share the experts out evenly."""
     common = ["--model", str(model), "--threads", str(threads), "--device", device]
     with ExitStack() as cleanup:
@@ -84,7 +85,7 @@ def expert_workers(model: Path, count: int, threads: int, device: str = "cpu") -
 
 @contextmanager
 def connected(
-    model: Path, endpoints: Sequence[str], local_links: bool, quantization: str = "int8"
+    model: Path | ShapeFolder, endpoints: Sequence[str], local_links: bool, quantization: str = "int8"
 ) -> Iterator[Gateway]:
     """A dispatcher over the workers at ``endpoints``, wired as the engine's process wires it."""
     groups = {"experts": {"endpoint": list(endpoints)}}
@@ -99,7 +100,7 @@ def connected(
         dispatcher.follow(event.placement, event.workers)
 
     arithmetic = find_arithmetic(config, checkpoint.config)
-    gate = MoELayer(checkpoint, LAYER, dispatcher, arithmetic, dispatcher.clock)
+    gate = MoELayer(checkpoint, checkpoint.config.expert_layers()[0], dispatcher, arithmetic, dispatcher.clock)
     gateway = Gateway(dispatcher, Mailbox(handle), arithmetic, gate)
     expectations = Expectations(
         checkpoint.fingerprint,

@@ -122,7 +122,7 @@ def stack(
         for process in processes:
             process.wait_listening()
         endpoints = [part for each in processes for part in ("--group-endpoint", f"experts={each.address}")]
-        argv = ["gateway", *common, "--port", "0", "--threads", "1", *endpoints, *gateway_args]
+        argv = ["gateway", *common, "--port", "0", "--threads", "1", "--device", "cpu", *endpoints, *gateway_args]
         gateway = cleanup.enter_context(running(argv, folder))
         wait_ready(gateway)
         yield Stack(gateway.address, gateway, processes)

@@ -64,7 +64,7 @@ class PagePool:
         self.total_blocks = memory // page_bytes - 1
         if self.total_blocks < 1:
             raise ConfigError(
-                f"gateway.kv_cache_memory: pages of {PAGE} tokens take {format_size(page_bytes)}, and two are the "
+                f"gateway.kv_cache_device_memory: pages of {PAGE} tokens take {format_size(page_bytes)}, two are the "
                 "least; allow more"
             )
         shape = (config.num_layers, self.total_blocks + 1, config.num_kv_heads, PAGE, config.head_dim)

@@ -18,7 +18,7 @@ from gateway.dispatcher import Dispatcher
 from gateway.engine_model import EngineModel
 from gateway.gate_policy import GatePolicy
 from gateway.gpu.attention import Tiling
-from gateway.gpu.experts import DispatchedExperts
+from gateway.gpu.experts import DispatchedExperts, ExpertHalf, load_experts
 from gateway.gpu.model import DeviceModel
 from gateway.gpu.pages import PAGE, PagePool
 from gateway.kv_cache import Pool
@@ -69,13 +69,26 @@ class ServedByDevice(Served):
     ) -> tuple[EngineModel, Pool]:
         del policy
         nobodys = checkpoint.config.cached_elements * arithmetic.dtype.itemsize * PAGE
-        experts = DispatchedExperts(dispatcher, dispatcher.clock)
+        experts = self.experts_of(checkpoint, dispatcher)
 
         def make_pool() -> PagePool:
             return PagePool(checkpoint.config, arithmetic.dtype, memory + nobodys, DEVICE)
 
         model = DeviceModel(checkpoint, experts, make_pool, (TILING, TILING), DEVICE, dispatcher.clock)
         return model, model.pool
+
+    def experts_of(self, checkpoint: Checkpoint, dispatcher: Dispatcher) -> ExpertHalf:
+        """Workers', reached by the dispatcher."""
+        del checkpoint
+        return DispatchedExperts(dispatcher, dispatcher.clock)
+
+
+class ServedWithoutWorkers(ServedByDevice):
+    """All experts are on the device."""
+
+    def experts_of(self, checkpoint: Checkpoint, dispatcher: Dispatcher) -> ExpertHalf:
+        del dispatcher
+        return load_experts(checkpoint, DEVICE)
 
 
 def serve(
@@ -121,3 +134,10 @@ def test_the_same_bits_whatever_else_happens() -> None:
         assert_same_story(stories[each.id], story)
     assert any(each.preemptions for each in together.stats)
     assert any(each.prefix_hits for each in together.stats)
+
+
+def test_experts_on_the_device_have_the_bits_of_workers() -> None:
+    asked = greedy(1, prompt(12, 3), 2, logprobs=2, prompt_logprobs=1)
+    kinds = (ServedByDevice, ServedWithoutWorkers)
+    dispatched, own = (serve(kind, "one layer", torch.bfloat16).run(asked)[1] for kind in kinds)
+    assert_same_story(own, dispatched)

@@ -47,6 +47,13 @@ def served(model: Path) -> Iterator[Stack]:
         yield running_stack
 
 
+def test_a_gateway_with_experts_of_its_own_needs_no_workers(served: Stack, model: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "gateway.yaml"
+    settings.write_text("gateway: {local_experts: true}")
+    with stack(model, workers=(), gateway_args=["--config", str(settings)]) as alone:
+        complete(alone.url, PROMPT, 12).assert_same(complete(served.url, PROMPT, 12))
+
+
 def test_concurrent_requests_get_their_own_tokens(served: Stack) -> None:
     random_ = random.Random(1)
     asked = [
