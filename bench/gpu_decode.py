@@ -139,7 +139,7 @@ def prompt(texts: Texts, vocabulary: int, length: int, device: torch.device) -> 
     seconds = []
     for seed in range(4):
         text = texts.start(random_text(length, vocabulary, seed), length)
-        seconds.append(timed(lambda text=text: texts.step([(text, length)]), device))  # type: ignore[misc]  # mypy infers no lambda with defaults
+        seconds.append(timed(lambda text=text: texts.step([(text, length)]), device))
         texts.end([text])
     best = statistics.median(seconds[1:])
     return {"tokens": length, "seconds": best, "tokens_per_second": length / best}

@@ -17,7 +17,7 @@ from consilium.config import Config
 from consilium.models import resolve_model
 from gateway.arithmetic import find_arithmetic
 from gateway.batch import Segment
-from gateway.gpu.attention import INVARIANT, Tiling
+from gateway.gpu.attention import FLOAT32, INVARIANT, Tiling
 from gateway.gpu.experts import ExpertHalf, load_experts
 from gateway.gpu.model import DeviceModel
 from gateway.gpu.pages import PagePool
@@ -130,7 +130,7 @@ def difference_from_cpu(shape: str, device: torch.device, length: int) -> float:
     checkpoint = Checkpoint(resolve_model(shape))
     config = Config.model_validate({"model": shape})
     prompt = random_text(length, checkpoint.config.vocab_size, 0)
-    on_device = device_model(checkpoint, device, torch.float32, 2**24)
+    on_device = device_model(checkpoint, device, torch.float32, 2**24, tilings=FLOAT32)
     cpu = Model(checkpoint, find_arithmetic(config, checkpoint.config), local_experts(config, checkpoint))
     found = []
     for model, pool in ((on_device, on_device.pool), (cpu, KVPool(checkpoint.config, torch.float32, 2**24))):

@@ -49,6 +49,8 @@ class Tiling:
 # Of decoding steps, and of steps with prompts: the same for the same bits, else what suits each best.
 INVARIANT = Tiling(), Tiling()
 FAST = Tiling(rows=16, chunk=256), Tiling(rows=128, warps=8)
+# For keys and values in float32, which comparisons with the CPU have: no matrix unit multiplies them exactly.
+FLOAT32 = Tiling(rows=16, keys=16), Tiling(rows=16, keys=16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from consilium.gpu.linear import TILES, linear
 from consilium.gpu.quantize import quantize_rows
 from consilium.quantization import Quantized
 from consilium.units import format_size
-from consilium.wire import ROW_DTYPES
 from gateway.arithmetic import dense_shapes
 from gateway.gpu.attention import FAST, INVARIANT
 from gateway.gpu.experts import DispatchedExperts, ExpertHalf, load_experts
@@ -24,6 +23,7 @@ from gateway.worker import ExpertSource
 
 log = logging.getLogger(__name__)
 
+PAGE_DTYPE = torch.bfloat16  # whatever ``dtype`` says: what matrix units multiply fast
 KV_SHARE = 0.85  # of the memory that is free once the model is there; the rest is for what a step computes
 PROVED_ROWS = [1, *(most + 1 for most in sorted(TILES)[:-1])]  # with each of the tiles
 PROVED_COLUMNS = 256  # of each matrix
@@ -34,12 +34,11 @@ def make_device_model(
 ) -> tuple[DeviceModel, PagePool]:
     """The model with its pages. Raises ConfigError where the memory does not do, or a product is wrong."""
     prove_products(sorted({size for _, size in dense_shapes(checkpoint.config)}), device)
-    dtype = ROW_DTYPES[config.dtype]
 
     def make_pool() -> PagePool:
         memory = config.gateway.kv_cache_device_memory or int(KV_SHARE * _free_memory(device))
         log.info("keys and values get %s of the GPU's memory", format_size(memory))
-        return PagePool(checkpoint.config, dtype, memory, device)
+        return PagePool(checkpoint.config, PAGE_DTYPE, memory, device)
 
     tilings = INVARIANT if config.gateway.batch_invariant else FAST
     try:

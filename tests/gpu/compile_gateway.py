@@ -10,7 +10,7 @@ import torch
 from consilium.gpu.linear import TILES, linear
 from consilium.gpu.norm import activate, new_rows, rms_norm
 from consilium.quantization import Quantized
-from gateway.gpu.attention import FAST, INVARIANT, TILE, Tiles, attend
+from gateway.gpu.attention import FAST, FLOAT32, INVARIANT, TILE, Tiles, Tiling, attend
 from gateway.gpu.combine import combine
 from gateway.gpu.gate import route
 from gateway.gpu.heads import HeadNorms, HeadShape, prepare
@@ -39,18 +39,26 @@ def rows_and_products(rows: int) -> None:
     activate(torch.empty(rows, 2 * 768), new_rows(rows, 768, CPU))
 
 
-def heads(dtype: torch.dtype, window: int) -> None:
-    """Everything between the projections of attention."""
-    pages = LayerPages(*(torch.empty(4, SHAPE.kv_heads, PAGE, SHAPE.size, dtype=dtype) for _ in range(2)))
-    queries, turns = torch.empty(2, SHAPE.heads, SHAPE.size, dtype=dtype), torch.empty(64, SHAPE.rotated // 2)
+def heads(dtype: torch.dtype) -> None:
+    """What comes before attention, with norms of each head and of all."""
+    pages, queries = keys_and_values(dtype), torch.empty(2, SHAPE.heads, SHAPE.size, dtype=dtype)
+    turns = torch.empty(64, SHAPE.rotated // 2)
     for whole in (False, True):
         of_queries, of_keys = (count * SHAPE.size if whole else SHAPE.size for count in (SHAPE.heads, SHAPE.kv_heads))
         norms = HeadNorms(torch.empty(of_queries), torch.empty(of_keys), whole)
         prepare(torch.empty(2, SHAPE.width), SHAPE, norms, (turns, turns), ints(2), ints(2), pages, queries)
-    for split in (False, True):
-        for tiling in {*INVARIANT, *FAST} if dtype is torch.bfloat16 else ():
-            tiles = Tiles(ints(2, TILE), ints(2, 8), ints(2), 2, split, tiling)
-            attend(queries, SHAPE, pages, tiles, window, new_rows(2, SHAPE.heads * SHAPE.size, CPU))
+
+
+def attention(tiling: Tiling, dtype: torch.dtype, window: int, *, split: bool) -> None:
+    """Both kernels of attention."""
+    queries, chunks = torch.empty(2, SHAPE.heads, SHAPE.size, dtype=dtype), 2
+    tiles = Tiles(ints(2, TILE), ints(2, 8), ints(2), chunks, split, tiling)
+    attend(queries, SHAPE, keys_and_values(dtype), tiles, window, new_rows(2, SHAPE.heads * SHAPE.size, CPU))
+
+
+def keys_and_values(dtype: torch.dtype) -> LayerPages:
+    """Four pages."""
+    return LayerPages(*(torch.empty(4, SHAPE.kv_heads, PAGE, SHAPE.size, dtype=dtype) for _ in range(2)))
 
 
 def gate_and_sampling() -> None:
@@ -70,9 +78,12 @@ def main() -> None:
     with compiling() as found:
         for rows in (1, 40, 100):
             rows_and_products(rows)
-        heads(torch.bfloat16, 0)
-        heads(torch.bfloat16, 4096)
-        heads(torch.float32, 0)
+        heads(torch.bfloat16)
+        attention(INVARIANT[0], torch.bfloat16, 0, split=True)
+        attention(INVARIANT[1], torch.bfloat16, 4096, split=False)
+        attention(FAST[0], torch.bfloat16, 0, split=True)
+        attention(FAST[1], torch.bfloat16, 0, split=False)
+        attention(FLOAT32[0], torch.float32, 0, split=True)
         gate_and_sampling()
     assert len(TILES) == 3, "a product for every tile"
     for each in found:
