@@ -23,9 +23,9 @@ from consilium.checkpoint import Checkpoint
 from consilium.gpu.experts import ExpertForm
 from consilium.gpu.samples import random_layer
 from consilium.models import resolve_model
-from gateway.gpu.attention import FAST, INVARIANT
 from gateway.gpu.experts import DispatchedExperts, OwnExperts
 from gateway.gpu.model import DeviceModel
+from gateway.gpu.tiling import FAST, INVARIANT
 
 MODES = {"batch-invariant": INVARIANT, "fast": FAST}
 NEAR = 1e-3  # mean difference of log-probabilities from the CPU's
@@ -54,7 +54,7 @@ QWEN3 = Sizes(
     (1, 8, 32, 128),
     32,
     (512, 2048, 8192),
-    (1300, 70, 600),
+    (2200, 70, 600),
 )
 TOY = Sizes("shape:tiny,layers=2", "shape:tiny,layers=2", 2**22, 20, (1, 3), 2, (20,), (18, 7))
 

@@ -17,10 +17,10 @@ from consilium.config import Config
 from consilium.models import resolve_model
 from gateway.arithmetic import find_arithmetic
 from gateway.batch import Segment
-from gateway.gpu.attention import FLOAT32, INVARIANT, Tiling
 from gateway.gpu.experts import ExpertHalf, load_experts
 from gateway.gpu.model import DeviceModel
 from gateway.gpu.pages import PagePool
+from gateway.gpu.tiling import FLOAT32, INVARIANT, Tiling
 from gateway.kv_cache import KVPool
 from gateway.local_experts import local_experts, run_now
 from gateway.messages import Generate, SamplingParams

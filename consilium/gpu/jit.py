@@ -16,13 +16,10 @@ from consilium.gpu import interpreter
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
 
-def jit_whatever(*names: str) -> Callable[[Callable[..., Any]], Any]:
-    """As ``jit``; one kernel serves all values of these arguments, which change from call to call.
-
-    Triton compiles others for 1 and for multiples of 16, at the first call that has one.
-    """
-    decorate: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=list(names))
-    return decorate
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """As ``jit``, but one kernel does for all numbers ``names``, not one more for 1 and for multiples of 16."""
+    made: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=list(names))
+    return made
 
 
 # Whether kernels are interpreted: then they take tensors of the CPU, and no others.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from consilium.gpu.jit import EXACT, jit, tiles_of
+from consilium.gpu.jit import EXACT, jit_for_any, tiles_of
 from consilium.quantization import Quantized
 
 
@@ -45,7 +45,7 @@ def linear(x: Quantized, weight: Quantized, out: Tensor, bias: Tensor | None = N
     _linear[grid](*x, *weight, *optional, out, rows, columns, size, **chosen, **given, **launch, **EXACT)
 
 
-@jit
+@jit_for_any("rows")
 def _linear(
     x: tl.tensor,
     x_scales: tl.tensor,

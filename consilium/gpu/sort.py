@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from consilium.gpu.jit import jit, jit_whatever, power_of_two
+from consilium.gpu.jit import jit, jit_for_any, power_of_two
 
 CHUNK = 1024  # pairs that a program looks at together
 LEAST_BINS = 128  # one for each thread
@@ -67,7 +67,7 @@ def _place(
         start += CHUNK
 
 
-@jit_whatever("pairs", "slots")
+@jit_for_any("pairs", "slots")
 def _sort_pairs(
     ids: tl.tensor,
     table: tl.tensor,

@@ -1,5 +1,6 @@
 """The gateway's half of a model on a GPU. Imported only where ``gateway.device`` is one.
 
-In the order to read them: ``model`` (the layers of a step), ``heads``, ``attention``, ``gate``, ``combine`` and
-``sampling`` (its kernels, beside those of consilium.gpu), ``pages`` (keys and values), ``batch`` (the rows of a step).
+In the order to read them: ``setup`` (from the configuration), ``model`` and ``layer`` (a step), ``batch`` (its rows),
+``pages`` (keys and values), ``graphs``, ``experts`` (the other half), ``choose``; and the kernels, beside those of
+consilium.gpu: ``heads``, ``tiling`` and ``attention``, ``gate``, ``combine``, ``sampling``.
 """

@@ -11,63 +11,18 @@ Letters: T rows, H query heads, Hkv key-value heads, G = H / Hkv, d head size, C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from consilium.gpu.arithmetic import bfloat16_bits, magnitude, quantize, scale_of
-from consilium.gpu.jit import EXACT, INTERPRETED, jit, power_of_two
+from consilium.gpu.jit import EXACT, INTERPRETED, jit, jit_for_any, power_of_two
 from consilium.quantization import Quantized
 from gateway.gpu.heads import HeadShape
 from gateway.gpu.pages import PAGE, LayerPages
+from gateway.gpu.tiling import Tiles
 
-TILE = 4  # numbers that a tile has: its first row, how many rows, the first one's position, its row of the block table
 LOG2_E = 1.4426950408889634
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How attention is cut up. Results of different tilings differ by rounding."""
-
-    rows: int = 64  # of queries and heads that one program takes: 64 and more are a warpgroup's product on Hopper
-    keys: int = 64  # positions at a time
-    chunk: int = 512  # positions
-    warps: int = 4
-    stages: int = 2
-
-    def positions(self, shape: HeadShape) -> int:
-        """Query positions of one tile."""
-        return max(1, self.rows // shape.group)
-
-    def chunks(self, positions: int) -> int:
-        """Chunks of a sequence of so many positions."""
-        return -(-positions // self.chunk)
-
-
-# Of decoding steps, and of steps with prompts: the same for the same bits, else what suits each best.
-INVARIANT = Tiling(), Tiling()
-FAST = Tiling(rows=16, chunk=256), Tiling(rows=128, warps=8)
-# For keys and values in float32, which comparisons with the CPU have: no matrix unit multiplies them exactly.
-FLOAT32 = Tiling(rows=16, keys=16), Tiling(rows=16, keys=16)
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """The tiles of a step, and where the sequences' pages are."""
-
-    table: Tensor  # int32 [tiles, TILE]
-    pages: Tensor  # int32 [S, blocks]
-    positions: Tensor  # int32 [T]
-    chunks: int  # of the longest sequence
-    split: bool  # a program for every chunk
-    tiling: Tiling
-
-    @property
-    def partials(self) -> int:
-        """Partial results of each row and head."""
-        return self.chunks if self.split else 1
 
 
 def attend(queries: Tensor, shape: HeadShape, pages: LayerPages, tiles: Tiles, window: int, out: Quantized) -> None:
@@ -107,11 +62,12 @@ def attend(queries: Tensor, shape: HeadShape, pages: LayerPages, tiles: Tiles, w
         heads,
         tiles.positions,
         *out,
+        tiles.partials,
         HEADS=shape.heads,
         SIZE=shape.size,
         BLOCK_HEADS=power_of_two(shape.heads),
         BLOCK=power_of_two(shape.size),
-        PARTIALS=tiles.partials,
+        SPLIT=tiles.split,
         CHUNK=tiling.chunk,
         WINDOW=window,
         num_warps=8,
@@ -141,7 +97,7 @@ def _first_chunk(position: tl.tensor, WINDOW: tl.constexpr, CHUNK: tl.constexpr)
     return tl.maximum(position + 1 - WINDOW, 0) // CHUNK if WINDOW else position * 0
 
 
-@jit
+@jit_for_any("width")
 def _attend(
     queries: tl.tensor,
     keys: tl.tensor,
@@ -222,18 +178,19 @@ def _attend(
     tl.store(sums_out + target[:, None] * SIZE + depth[None, :], sums, mask=wanted[:, None] & (depth < SIZE)[None, :])
 
 
-@jit
+@jit_for_any("parts")
 def _merge(
     sums_in: tl.tensor,
     heads_in: tl.tensor,
     positions: tl.tensor,
     values: tl.tensor,
     scales: tl.tensor,
+    parts: tl.tensor,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PARTIALS: tl.constexpr,
+    SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
 ) -> None:
@@ -243,13 +200,13 @@ def _merge(
     inside = (head < HEADS)[:, None] & (depth < SIZE)[None, :]
     position = tl.load(positions + row)
     first, end = position * 0, position * 0 + 1
-    if PARTIALS > 1:
+    if SPLIT:
         first, end = _first_chunk(position, WINDOW, CHUNK), position // CHUNK + 1
     found = tl.full((BLOCK_HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_HEADS,), tl.float32)
     sums = tl.zeros((BLOCK_HEADS, BLOCK), tl.float32)
     for part in range(first, end):
-        place = (row * HEADS + head) * PARTIALS + part
+        place = (row * HEADS + head) * parts + part
         largest = tl.load(heads_in + place * 2, mask=head < HEADS, other=float("-inf"))
         weight = tl.load(heads_in + place * 2 + 1, mask=head < HEADS, other=0.0)
         more = tl.load(sums_in + place[:, None] * SIZE + depth[None, :], mask=inside, other=0.0)

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gateway.batch import Segment, StepRows
-from gateway.gpu.attention import TILE, Tiles, Tiling
 from gateway.gpu.heads import HeadShape
 from gateway.gpu.pages import PAGE, PagedCache
+from gateway.gpu.tiling import TILE, Tiles, Tiling
 from gateway.kv_cache import blocks_for
 
 # Rows that a graph is made for: finer where more rows cost more time.

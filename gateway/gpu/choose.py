@@ -30,6 +30,13 @@ def choose(logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, 
     return tokens
 
 
+def warm_up(logits: Tensor) -> None:
+    """Compile what choosing from [S, V] needs."""
+    values, _ = largest(logits)
+    limits = torch.ones(len(logits), 2, device=logits.device)
+    draw(logits, values, limits, torch.zeros(len(logits), dtype=torch.float64, device=logits.device))
+
+
 def _drawn_here(sequence: Sequence, vocabulary: int) -> bool:
     """Whether nothing but temperature and min_p decides."""
     sampling = sequence.sampling

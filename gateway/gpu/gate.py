@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from consilium.gpu.jit import EXACT, jit, power_of_two, tiles_of
+from consilium.gpu.jit import EXACT, jit, jit_for_any, power_of_two, tiles_of
 
 ROWS, EXPERTS, DEPTH = 16, 16, 64  # of one program: always the same, so that a row's sums are
 MOST_EXPERTS = 4096  # whose scores one program has in registers
@@ -29,7 +29,7 @@ def route(x: Tensor, gate: Tensor, *, normalize: bool, ids: Tensor, weights: Ten
     _choose[(rows,)](logits, ids, weights, **chosen, num_warps=1 if experts <= 256 else 4, **EXACT)
 
 
-@jit
+@jit_for_any("rows")
 def _logits(
     x: tl.tensor,
     gate: tl.tensor,

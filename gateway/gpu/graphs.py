@@ -28,7 +28,7 @@ class Graphs:
             return launch()
         if key not in self._recorded:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 found = launch()
             self._recorded[key] = graph, found
         graph, found = self._recorded[key]  # type: ignore[assignment]  # what this key's launch returned

@@ -18,20 +18,21 @@ from consilium.gpu.quantize import quantize_rows
 from consilium.rope import Rope
 from gateway.batch import Segment, StepRows
 from gateway.gate_policy import GatePolicy
-from gateway.gpu.attention import Tiling
 from gateway.gpu.batch import DeviceStep, StepShape, fits_a_graph, numbers_of, shape_of, to_device, view
-from gateway.gpu.choose import choose
+from gateway.gpu.choose import choose, warm_up
 from gateway.gpu.combine import combine
 from gateway.gpu.experts import ExpertHalf
 from gateway.gpu.graphs import Graphs
 from gateway.gpu.layer import DeviceLayer, Routed, head_shape
 from gateway.gpu.linear import DeviceLinear
 from gateway.gpu.pages import PagePool
+from gateway.gpu.tiling import Tiling
 from gateway.local_experts import run_now
 from gateway.sequence import Sequence
 from gateway.stage_clock import StageClock
 
 T = TypeVar("T")
+WARM_ROWS = (1, 24, 200)  # for each of the products' tiles
 Run = Callable[[Hashable, Callable[[], T]], T]
 
 
@@ -96,6 +97,31 @@ class DeviceModel:
     def choose(self, logits: Tensor, sequences: list[Sequence], eos_token_ids: tuple[int, ...]) -> list[int]:
         """The next token of each sequence from its logits [S, V]; -1 where they are not finite."""
         return choose(logits, sequences, eos_token_ids)
+
+    def warm_up(self) -> None:
+        """Compile what steps of all sizes need, so that no request waits for it: takes a minute the first time."""
+        room = min(self.pool.total_tokens, 2 * max(each.chunk for each in self._tilings))
+        cache, kinds = self.pool.allocate(room, room), {layer.routes: layer for layer in self._layers}
+        for rows in (min(room, each) for each in WARM_ROWS):
+            for first in (0, room - rows):
+                batch = StepRows(torch.zeros(rows, dtype=torch.int64), [Segment(cache, 0, rows, first)])
+                shape = shape_of(batch, self._tilings[batch.prefill], self._heads, graph=False)
+                step, x = self._upload(batch, shape, keep=False)
+                x.copy_(self._embed[step.tokens])
+                for layer in kinds.values():
+                    routed = layer.forward(x, step, self._turns, self.pool.layer(layer.number))
+                    if routed is not None:
+                        self._add_experts(x, layer.number, routed, batch)
+                warm_up(self.logits(self._last_norm(x)))
+        self.pool.free(cache)
+
+    def _add_experts(self, x: Tensor, layer: int, routed: Routed, batch: StepRows) -> None:
+        """Experts that are here, or zeros for those that are not."""
+        if not self._experts.awaits:
+            combine(x, *run_now(self._experts.forward(layer, routed, batch)))
+            return
+        zeros = torch.zeros(routed.ids.numel(), x.shape[1], dtype=torch.bfloat16, device=x.device)
+        combine(x, zeros, routed.weights)
 
     async def _pass(self, batch: StepRows, step: DeviceStep, x: Tensor, run: Run[Routed | Tensor | None]) -> Tensor:
         """All layers; ``run`` launches one part after the other, between which the host has its say."""

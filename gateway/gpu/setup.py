@@ -14,10 +14,10 @@ from consilium.gpu.quantize import quantize_rows
 from consilium.quantization import Quantized
 from consilium.units import format_size
 from gateway.arithmetic import dense_shapes
-from gateway.gpu.attention import FAST, INVARIANT
 from gateway.gpu.experts import DispatchedExperts, ExpertHalf, load_experts
 from gateway.gpu.model import DeviceModel
 from gateway.gpu.pages import PagePool
+from gateway.gpu.tiling import FAST, INVARIANT
 from gateway.stage_clock import StageClock
 from gateway.worker import ExpertSource
 
@@ -48,6 +48,8 @@ def make_device_model(
         model = DeviceModel(checkpoint, experts, make_pool, tilings, device, clock)
     except torch.OutOfMemoryError:
         raise ConfigError("gateway.device: the model does not fit the GPU's memory; choose --device cpu") from None
+    if device.type == "cuda":
+        model.warm_up()
     return model, model.pool
 
 

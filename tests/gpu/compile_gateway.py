@@ -10,12 +10,13 @@ import torch
 from consilium.gpu.linear import TILES, linear
 from consilium.gpu.norm import activate, new_rows, rms_norm
 from consilium.quantization import Quantized
-from gateway.gpu.attention import FAST, FLOAT32, INVARIANT, TILE, Tiles, Tiling, attend
+from gateway.gpu.attention import attend
 from gateway.gpu.combine import combine
 from gateway.gpu.gate import route
 from gateway.gpu.heads import HeadNorms, HeadShape, prepare
 from gateway.gpu.pages import PAGE, LayerPages
 from gateway.gpu.sampling import draw, largest
+from gateway.gpu.tiling import FAST, FLOAT32, INVARIANT, TILE, Tiles, Tiling
 from tests.gpu.compile_only import compiling
 
 CPU = torch.device("cpu")

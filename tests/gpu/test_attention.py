@@ -12,9 +12,10 @@ from torch import Tensor
 
 from consilium.gpu.norm import new_rows
 from consilium.quantization import Quantized
-from gateway.gpu.attention import TILE, Tiles, Tiling, attend
+from gateway.gpu.attention import attend
 from gateway.gpu.heads import HeadNorms, HeadShape, prepare
 from gateway.gpu.pages import PAGE, LayerPages
+from gateway.gpu.tiling import TILE, Tiles, Tiling
 
 TILING = Tiling(rows=16, keys=16, chunk=16)
 SHAPE = HeadShape(heads=4, kv_heads=2, size=24, rotated=24, epsilon=1e-6)

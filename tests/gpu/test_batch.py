@@ -9,10 +9,10 @@ from consilium.errors import ConfigError
 from consilium.model_config import ModelConfig
 from consilium.rope_config import RopeConfig
 from gateway.batch import Segment, StepRows
-from gateway.gpu.attention import Tiling
 from gateway.gpu.batch import BUCKETS, fits_a_graph, numbers_of, shape_of, view
 from gateway.gpu.heads import HeadShape
 from gateway.gpu.pages import PAGE, PagedCache, PagePool
+from gateway.gpu.tiling import Tiling
 
 CPU = torch.device("cpu")
 TILING = Tiling(rows=16, keys=16, chunk=32)

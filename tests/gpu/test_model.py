@@ -17,10 +17,11 @@ from gateway.arithmetic import Arithmetic
 from gateway.dispatcher import Dispatcher
 from gateway.engine_model import EngineModel
 from gateway.gate_policy import GatePolicy
-from gateway.gpu.attention import Tiling
+from gateway.gpu import model as device_model
 from gateway.gpu.experts import DispatchedExperts, ExpertHalf, load_experts
 from gateway.gpu.model import DeviceModel
 from gateway.gpu.pages import PAGE, PagePool
+from gateway.gpu.tiling import Tiling
 from gateway.kv_cache import Pool
 from gateway.messages import Generate, SamplingParams
 from tests.local_workers import Int8Rows
@@ -141,3 +142,13 @@ def test_experts_on_the_device_have_the_bits_of_workers() -> None:
     kinds = (ServedByDevice, ServedWithoutWorkers)
     dispatched, own = (serve(kind, "one layer", torch.bfloat16).run(asked)[1] for kind in kinds)
     assert_same_story(own, dispatched)
+
+
+def test_warming_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_model, "WARM_ROWS", (1, 2))
+    served = serve(ServedWithoutWorkers, "one layer", torch.bfloat16, blocks=2)
+    model = served.engine.model
+    assert isinstance(model, DeviceModel)
+    with torch.inference_mode():
+        model.warm_up()
+    assert model.pool.free_blocks == model.pool.total_blocks == 2
