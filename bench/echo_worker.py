@@ -26,7 +26,7 @@ class Echo:
     numerics_class = "echo"
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
-        return ExpertWeights(*tensors)
+        return ExpertWeights(*tensors.floats())
 
     def compute(
         self,

@@ -9,6 +9,8 @@ import torch
 from consilium.config import Quantization, RowDType
 from consilium.experts import Arithmetic
 from consilium.float_experts import FloatArithmetic
+from consilium.int4_experts import GroupedProduct, Int4Arithmetic
+from consilium.int4_proof import find_grouped_product
 from consilium.int8_experts import Int8Arithmetic
 from consilium.integer_product import IntegerProduct, find_integer_product
 from consilium.weight_only import WeightOnlyArithmetic
@@ -22,6 +24,8 @@ def find_arithmetic(quantization: Quantization, dtype: RowDType, hidden_size: in
         return FloatArithmetic(DTYPES[dtype])
     if quantization == "int8-weight-only":
         return WeightOnlyArithmetic(DTYPES[dtype])
+    if quantization == "int4":
+        return Int4Arithmetic(DTYPES[dtype], _proved_int4((expert_size, hidden_size), (hidden_size, expert_size)))
     return Int8Arithmetic(DTYPES[dtype], _proved((expert_size, hidden_size), (hidden_size, expert_size)))
 
 
@@ -29,3 +33,9 @@ def find_arithmetic(quantization: Quantization, dtype: RowDType, hidden_size: in
 def _proved(*weight_shapes: tuple[int, int]) -> IntegerProduct:
     """The proof takes most of a second: once for each model in a process."""
     return find_integer_product(weight_shapes)
+
+
+@cache
+def _proved_int4(*weight_shapes: tuple[int, int]) -> GroupedProduct:
+    """Likewise."""
+    return find_grouped_product(weight_shapes)

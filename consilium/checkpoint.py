@@ -9,7 +9,7 @@ Letters: D hidden size, E experts, F expert FFN size, N output channels, K what 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from consilium.content_hash import HASH_BYTES
 from consilium.errors import CheckpointError
 from consilium.families import ExpertLayout
 from consilium.formats.source import DecodedTensors
+from consilium.matrix import Stored, to_floats
 from consilium.model_config import ClampedSwiGLU
 from consilium.model_folder import ModelFolder, read_model_folder
 from consilium.quantization import MAX_SUMMED, Quantized
@@ -41,16 +42,16 @@ class ExpertBiases(NamedTuple):
 
 
 class ExpertTensors(NamedTuple):
-    """The three matrices of one FFN, in the checkpoint's own dtype or in int8, and what else it computes with."""
+    """The three matrices of one FFN, as the checkpoint holds them, and what else it computes with."""
 
-    gate: Tensor | Quantized  # [F, D]
-    up: Tensor | Quantized  # [F, D]
-    down: Tensor | Quantized  # [D, F]
+    gate: Stored  # [F, D]
+    up: Stored  # [F, D]
+    down: Stored  # [D, F]
     biases: ExpertBiases | None = None
     activation: ClampedSwiGLU | None = None  # None is SiLU
 
     @property
-    def matrices(self) -> tuple[Tensor | Quantized, Tensor | Quantized, Tensor | Quantized]:
+    def matrices(self) -> tuple[Stored, Stored, Stored]:
         return self.gate, self.up, self.down
 
     def floats(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +62,7 @@ class ExpertTensors(NamedTuple):
                 "these weights are int8 on disk, and `none` computes in floats; use quantization int8 or "
                 "int8-weight-only, or the float checkpoint they were made from"
             )
-        return gate, up, down
+        return to_floats(gate), to_floats(up), to_floats(down)
 
 
 class Checkpoint:
@@ -77,7 +78,7 @@ class Checkpoint:
         self.raw = model.raw
         self.config = model.config
         self.names = model.family.names
-        self.scheme, self.int8 = model.scheme, model.int8
+        self.scheme, self.int8, self.int4_group = model.scheme, model.int8, model.int4_group
         self.fingerprint = model.fingerprint
         self._source = _source(folder, model)
 
@@ -121,7 +122,7 @@ class Checkpoint:
         layout = self._layout(layer, expert)
         size, hidden = self.config.expert_size, self.config.hidden_size
         if not layout.fused:
-            return self._separate(layout, layer, expert, size)
+            return self._separate(layout, layer, expert, size, self._expert_matrix)
 
         def read(template: str, *shape: int) -> Tensor:
             name = template.format(layer=layer)
@@ -151,21 +152,37 @@ class Checkpoint:
         """The FFN of a layer that does not route. Raises CheckpointError when the family has none."""
         if self.names.dense is None or self.config.moe_layers[layer]:
             raise CheckpointError(f"{self.folder}: layer {layer} of a {self.config.family} model has no dense FFN")
-        return self._separate(self.names.dense, layer, 0, self.config.dense_size)
+        return self._separate(self.names.dense, layer, 0, self.config.dense_size, self.matrix)
 
     def shared(self, layer: int) -> ExpertTensors:
         """The shared experts of a layer that routes, as one FFN. Raises CheckpointError when the family has none."""
         if self.names.shared is None or not self.config.moe_layers[layer]:
             raise CheckpointError(f"{self.folder}: layer {layer} of a {self.config.family} model has no shared experts")
-        return self._separate(self.names.shared, layer, 0, self.config.shared_size)
+        return self._separate(self.names.shared, layer, 0, self.config.shared_size, self.matrix)
 
-    def _separate(self, layout: ExpertLayout, layer: int, expert: int, size: int) -> ExpertTensors:
+    def _separate(
+        self,
+        layout: ExpertLayout,
+        layer: int,
+        expert: int,
+        size: int,
+        read: Callable[[str, tuple[int, int]], Stored],
+    ) -> ExpertTensors:
         hidden = self.config.hidden_size
         return ExpertTensors(
-            self.matrix(layout.gate.format(layer=layer, expert=expert), (size, hidden)),
-            self.matrix(layout.up.format(layer=layer, expert=expert), (size, hidden)),
-            self.matrix(layout.down.format(layer=layer, expert=expert), (hidden, size)),
+            read(layout.gate.format(layer=layer, expert=expert), (size, hidden)),
+            read(layout.up.format(layer=layer, expert=expert), (size, hidden)),
+            read(layout.down.format(layer=layer, expert=expert), (hidden, size)),
         )
+
+    def _expert_matrix(self, name: str, shape: tuple[int, int]) -> Stored:
+        """As ``matrix``, or int4 where the checkpoint holds what int4 experts take as it is."""
+        found = self._source.int4(self._spelling(name)) if isinstance(self._source, DecodedTensors) else None
+        if found is None:
+            return self.matrix(name, shape)
+        self._checked(name, shape)
+        self._finite(name, found.scales)
+        return found
 
     def _layout(self, layer: int, expert: int) -> ExpertLayout:
         """The first known layout whose down projection is in the checkpoint."""
@@ -213,4 +230,6 @@ def _source(folder: Path | ShapeFolder, model: ModelFolder) -> TensorSource:
     if isinstance(folder, ShapeFolder):
         return RandomTensors(folder.recipe, model.config, model.family.names)
     files = TensorFiles(folder)
-    return files if model.scheme is None or model.int8 else DecodedTensors(files, model.scheme)
+    if model.scheme is None or (model.int8 and model.scheme.experts is None):
+        return files
+    return DecodedTensors(files, model.scheme.experts or model.scheme)

@@ -31,7 +31,7 @@ from consilium.units import Duration, Size
 ENDPOINT_SCHEME = "grpc://"
 _ENDPOINT = re.compile(re.escape(ENDPOINT_SCHEME) + r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 
-Quantization = Literal["none", "int8", "int8-weight-only"]
+Quantization = Literal["none", "int8", "int8-weight-only", "int4"]
 DenseQuantization = Literal["none", "int8"]
 LastReplica = Literal["fail", "wait", "local", "renormalise"]
 RowDType = Literal["float32", "bfloat16"]
@@ -102,7 +102,8 @@ class GatewayConfig(Section):
     )
     threads: int | None = Field(None, ge=1, description="compute threads of the engine; all cores by default")
     dense_quantization: DenseQuantization | None = Field(
-        None, description="arithmetic of the projections and the head; int8 by default where the experts are"
+        None,
+        description="arithmetic of the projections and the head; int8 by default where experts get int8 rows",
     )
     metrics_all_experts: bool = Field(False, description="a series for every (layer, expert), not for 20 and the rest")
     micro_batches: int | None = Field(
@@ -176,7 +177,7 @@ class WorkerConfig(Section):
 
 
 class CacheConfig(Section):
-    """The gateway's cache of expert outputs, for int8 only. It is on where this section is: `cache: {}` is enough."""
+    """The gateway's cache of expert outputs, for int8 and int4. It is on where this section is (`cache: {}`)."""
 
     memory: Size = Field(256 * 2**20, ge=0, description="rows kept in the gateway's own memory; 0: none")
     redis: SecretStr | None = Field(
@@ -267,16 +268,21 @@ class Config(Section):
 
     @property
     def reply_dtype(self) -> RowDType:
-        """Of the rows that workers answer with: in int8 two bytes hold all that is exact about them."""
-        return "bfloat16" if self.quantization == "int8" else self.dtype
+        """Of the rows that workers answer with: in int8 and int4 two bytes hold all that is exact."""
+        return "bfloat16" if has_integer_rows(self.quantization) else self.dtype
 
     @field_validator("cache")
     @classmethod
     def _check_cache(cls, value: CacheConfig | None, info: ValidationInfo) -> CacheConfig | None:
-        """A row can be used again only where its bits depend on nothing else, which is so in int8."""
-        if value is not None and info.data.get("quantization", "int8") != "int8":
-            raise ValueError("works with `quantization: int8` only; choose that, or leave `cache:` out")
+        """A row can be used again only where its bits depend on nothing else, which is so in int8 and int4."""
+        if value is not None and not has_integer_rows(info.data.get("quantization", "int8")):
+            raise ValueError("works with `quantization: int8` and `int4` only; choose one, or leave `cache:` out")
         return value
+
+
+def has_integer_rows(quantization: str) -> bool:
+    """Whether experts of this arithmetic get their rows in int8 with scales."""
+    return quantization in ("int8", "int4")
 
 
 def check_redis_url(value: SecretStr | None) -> SecretStr | None:

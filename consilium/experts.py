@@ -1,4 +1,4 @@
-"""What an expert computes: down(SiLU(gate(x)) · up(x)), in int8 or in floating point.
+"""What an expert computes: down(SiLU(gate(x)) · up(x)), in int8, in int4 or in floating point.
 
 Rows come sorted by expert, so that everything that is the same for all experts is done once for all rows.
 Letters: P (token, expert) pairs, D hidden size, F expert FFN size.
@@ -18,8 +18,8 @@ from torch import Tensor
 from consilium.activation import activate
 from consilium.checkpoint import ExpertTensors
 from consilium.content_hash import content_hash
+from consilium.matrix import Prepared, Stored, map_tensors, tensors_of
 from consilium.model_config import ClampedSwiGLU
-from consilium.quantization import Quantized
 
 # Raised whenever the arithmetic of a mode changes by a single bit.
 ARITHMETIC_VERSION = "v1"
@@ -29,9 +29,9 @@ ARITHMETIC_VERSION = "v1"
 class ExpertWeights:
     """One expert as it is computed with."""
 
-    gate: Tensor | Quantized  # [F, D]
-    up: Tensor | Quantized  # [F, D]
-    down: Tensor | Quantized  # [D, F]
+    gate: Prepared  # [F, D]
+    up: Prepared  # [F, D]
+    down: Prepared  # [D, F]
     biases: tuple[Tensor, Tensor, Tensor] | None = None  # of gate, up [F] and down [D], float32
     activation: ClampedSwiGLU | None = None  # None is SiLU
     # Of every tensor in the order of content_hash, as kernels read it: where that table lies, and what keeps it there.
@@ -49,10 +49,7 @@ class ExpertWeights:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ExpertWeights:
         """The same expert of other tensors; ``change`` is given each in the order of :meth:`tensors`."""
-        gate, up, down = (
-            Quantized(*map(change, matrix)) if isinstance(matrix, Quantized) else change(matrix)
-            for matrix in (self.gate, self.up, self.down)
-        )
+        gate, up, down = (map_tensors(matrix, change) for matrix in (self.gate, self.up, self.down))
         biases = None
         if self.biases is not None:
             first, second, third = map(change, self.biases)
@@ -80,7 +77,7 @@ class ExpertWeights:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor, in the order of the content hash."""
         for matrix in (self.gate, self.up, self.down):
-            yield from matrix if isinstance(matrix, Quantized) else (matrix,)
+            yield from tensors_of(matrix)
         yield from self.biases or ()
 
 
@@ -100,7 +97,7 @@ class Arithmetic(Protocol):
         """Equal for workers that return the same bits for the same rows."""
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
-        """The weights to compute with; int8 ones of the checkpoint stay where they are mapped."""
+        """The weights to compute with; those that are int8 on disk stay where they are mapped in int8."""
 
     def compute(
         self,
@@ -118,9 +115,7 @@ class Arithmetic(Protocol):
         """
 
 
-def prepare_weights(
-    tensors: ExpertTensors, prepare: Callable[[Tensor | Quantized], Tensor | Quantized]
-) -> ExpertWeights:
+def prepare_weights(tensors: ExpertTensors, prepare: Callable[[Stored], Prepared]) -> ExpertWeights:
     """An expert whose matrices are ``prepare``d."""
     biases = None
     if tensors.biases is not None:

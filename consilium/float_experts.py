@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from consilium.checkpoint import ExpertTensors
 from consilium.experts import ARITHMETIC_VERSION, ExpertWeights, prepare_weights
-from consilium.quantization import Quantized
+from consilium.matrix import Prepared, to_floats
 
 # Float products take other paths for few rows, so they always get this many: a row's bits then stay the same.
 TILE = 32
@@ -29,8 +29,9 @@ class FloatArithmetic:
         self.numerics_class = float_class(str(dtype).removeprefix("torch."))
 
     def prepare(self, tensors: ExpertTensors) -> ExpertWeights:
-        tensors.floats()
-        return prepare_weights(tensors, lambda matrix: _float(matrix).to(self.row_dtype, copy=True))
+        gate, up, down = tensors.floats()
+        floats = tensors._replace(gate=gate, up=up, down=down)
+        return prepare_weights(floats, lambda matrix: to_floats(matrix).to(self.row_dtype, copy=True))
 
     def compute(
         self,
@@ -91,7 +92,7 @@ def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
     return (products[0] if len(products) == 1 else torch.cat(products))[:count]  # [M, N]
 
 
-def _float(matrix: Tensor | Quantized) -> Tensor:
-    if isinstance(matrix, Quantized):
-        raise TypeError("these weights were prepared for int8")
+def _float(matrix: Prepared) -> Tensor:
+    if not isinstance(matrix, Tensor):
+        raise TypeError("these weights were prepared for integers")
     return matrix

@@ -1,5 +1,7 @@
 """Experts in W8A8 as consilium.quantization defines it, with SiLU in float32 between the products.
 
+Int4Arithmetic (consilium.int4_experts) computes the same way with other weights.
+
 Letters: P (token, expert) pairs, M experts, D hidden size, F expert FFN size.
 """
 
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +21,11 @@ from torch import Tensor
 from consilium import parallel
 from consilium.checkpoint import ExpertTensors
 from consilium.experts import ARITHMETIC_VERSION, ExpertWeights, prepare_weights
-from consilium.integer_product import IntegerProduct
+from consilium.int4 import Int4
 from consilium.kernels import experts as kernel
 from consilium.kernels.float_tile import BFLOAT16, FLOAT32
 from consilium.kernels.int8_tile import Kind
+from consilium.matrix import Stored, to_floats
 from consilium.quantization import Quantized, quantize_weight
 
 
@@ -30,12 +34,31 @@ def prepare_int8(tensors: ExpertTensors) -> ExpertWeights:
     return prepare_weights(tensors, _quantized)
 
 
+class Product(Protocol):
+    """The product of quantized rows with an expert's matrices; IntegerProduct is that of int8."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    def takes_many(self, rows: int) -> bool:
+        """Whether so many rows are better off product by product."""
+        ...
+
+    def multiply(self, x: Quantized, w: Any) -> Tensor:
+        """x [M, K] times the transpose of w [N, K]: float32 [M, N]."""
+        ...
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """Rows x [M, K] float32."""
+        ...
+
+
 class Int8Arithmetic:
     """One kernel call for all experts with few rows; for many rows, biases or other activations, product by product."""
 
     row_dtype = torch.int8
 
-    def __init__(self, reply_dtype: torch.dtype, product: IntegerProduct) -> None:
+    def __init__(self, reply_dtype: torch.dtype, product: Product) -> None:
         self.reply_dtype = reply_dtype
         # Exact integers and defined roundings: one class for every CPU and GPU, and every kernel that passed the proof.
         self.numerics_class = f"int8/{ARITHMETIC_VERSION}"
@@ -71,15 +94,16 @@ class Int8Arithmetic:
         """Output rows [P, D] of one expert."""
         gate, up, down = _matrices(weights)
         multiply = self._product.multiply
-        hidden = weights.between(multiply(x, gate), multiply(x, up))  # [P, F]
+        hidden = weights.between(multiply(x, gate), multiply(x, up))  # [P, F] float32
         return weights.finish(multiply(self._product.quantize(hidden), down))
 
     def _compute_few(
         self, parts: list[tuple[ExpertWeights, int, int]], x: Quantized, indices: Tensor | None, out: Tensor
     ) -> None:
         """The output rows ``start`` to ``end`` of each part, written into ``out`` [P, D]."""
-        gate = _matrices(parts[0][0])[0]
-        expert_size, hidden_size = gate.values.shape
+        gate, hidden_size = _matrices(parts[0][0])[0], out.shape[1]
+        expert_size = gate.rows if isinstance(gate, Int4) else len(gate.values)
+        how = self._product.kind, (gate.group,) if isinstance(gate, Int4) else kernel.INT8
         tables = np.array([weights.table for weights, _, _ in parts], np.int64)  # [M]
         ranges = np.array([part[1:] for part in parts], np.int64)  # [M, 2]
         count = min(len(parts), parallel.count_slices(3 * expert_size * hidden_size * len(parts)))
@@ -88,9 +112,7 @@ class Int8Arithmetic:
         rows = x.values.data_ptr(), x.scales.data_ptr(), chosen
         parallel.run(
             [
-                partial(
-                    _run, self._product.kind, (tables, ranges), (first, last), rows, (hidden_size, expert_size), out
-                )
+                partial(_run, how, (tables, ranges), (first, last), rows, (hidden_size, expert_size), out)
                 for first, last in pairwise(bounds)
             ]
         )
@@ -106,7 +128,7 @@ _scratch = _Scratch()
 
 
 def _run(
-    kind: Kind,
+    how: tuple[Kind, kernel.Grouping],
     of_experts: tuple[NDArray[np.int64], NDArray[np.int64]],
     span: tuple[int, int],
     rows: tuple[int, int, int],
@@ -118,7 +140,7 @@ def _run(
         _scratch.memory = torch.empty(needed, dtype=torch.int8)
     tables, ranges = (each.ctypes.data for each in of_experts)
     form = FLOAT32 if out.dtype is torch.float32 else BFLOAT16
-    kernel.compute(kind, form, tables, ranges, *span, *rows, *sizes, _scratch.memory.data_ptr(), out.data_ptr())
+    kernel.compute(*how, form, tables, ranges, *span, *rows, *sizes, _scratch.memory.data_ptr(), out.data_ptr())
 
 
 def _chosen(x: Quantized, indices: Tensor | None, start: int, end: int) -> Quantized:
@@ -127,14 +149,14 @@ def _chosen(x: Quantized, indices: Tensor | None, start: int, end: int) -> Quant
     return Quantized(x.values[indices[start:end]], x.scales[indices[start:end]])
 
 
-def _quantized(matrix: Tensor | Quantized) -> Quantized:
+def _quantized(matrix: Stored) -> Quantized:
     if isinstance(matrix, Quantized):
         return Quantized(matrix.values.contiguous(), matrix.scales.contiguous())
-    return quantize_weight(matrix)
+    return quantize_weight(to_floats(matrix))
 
 
-def _matrices(weights: ExpertWeights) -> list[Quantized]:
-    found = [matrix for matrix in (weights.gate, weights.up, weights.down) if isinstance(matrix, Quantized)]
+def _matrices(weights: ExpertWeights) -> list[Quantized | Int4]:
+    found = [matrix for matrix in (weights.gate, weights.up, weights.down) if not isinstance(matrix, Tensor)]
     if len(found) < 3:
-        raise TypeError("these weights were not prepared for int8")
+        raise TypeError("these weights were not prepared for integers")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 from consilium.errors import CheckpointError
 from consilium.families import Family, find_family, parse_config
-from consilium.formats.scheme import Scheme, find_scheme
+from consilium.formats.scheme import INT4_GROUP, Scheme, find_scheme
 from consilium.model_config import ModelConfig
 from consilium.shapes.folder import ShapeFile, ShapeFolder
 
@@ -33,6 +33,12 @@ class ModelFolder:
     def int8(self) -> bool:
         """Whether its matrices are the int8 that we compute with (consilium.compressed_tensors)."""
         return self.scheme is not None and self.scheme.kind == "int8"
+
+    @property
+    def int4_group(self) -> int:
+        """Inputs that share a scale where experts are computed in int4."""
+        scheme = self.scheme and (self.scheme.experts or self.scheme)
+        return (scheme.int4_group if scheme else 0) or INT4_GROUP
 
 
 def read_model_folder(path: Path | ShapeFolder) -> ModelFolder:

@@ -19,6 +19,7 @@ from consilium.checkpoint import ExpertTensors
 from consilium.experts import ExpertWeights
 from consilium.float_experts import float_class, one_by_one, tiled_linear
 from consilium.int8_experts import prepare_int8
+from consilium.matrix import Prepared
 from consilium.quantization import Quantized
 
 
@@ -52,7 +53,7 @@ class WeightOnlyArithmetic:
         return expert.finish(_multiply(hidden, expert.down)).to(self.reply_dtype)  # [N, D]
 
 
-def _multiply(x: Tensor, weight: Tensor | Quantized) -> Tensor:
+def _multiply(x: Tensor, weight: Prepared) -> Tensor:
     """x [N, K] float32 times the transpose of an int8 weight [M, K]: float32 [N, M]."""
     if not isinstance(weight, Quantized):
         raise TypeError("these weights were not prepared for int8")

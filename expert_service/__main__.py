@@ -16,7 +16,7 @@ from expert_service.server import Worker
 FLAGS = {
     "model": ("model", "a Hugging Face folder, a fetched model's name, or a shape"),
     "weight-version": ("weight_version", "name of these weights, where another version is served beside them"),
-    "quantization": ("quantization", "int8, int8-weight-only, or none"),
+    "quantization": ("quantization", "int8, int8-weight-only, int4, or none"),
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "group": ("worker.group", "this worker's entry under experts: in the configuration"),
     "layers": ("worker.layers", "layers to hold: all, or for example 0-11,13"),

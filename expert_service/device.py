@@ -74,6 +74,11 @@ def find_device(config: Config, model: ModelConfig) -> WorkerDevice:
     """What ``worker.device`` says, its kernels proved. Raises ConsiliumError that says what is missing or wrong."""
     host = find_arithmetic(config.quantization, config.reply_dtype, model.hidden_size, model.expert_size)
     wanted = config.worker.device
+    if config.quantization == "int4" and wanted == "cuda":
+        raise ConfigError("worker.device: GPUs do not compute int4 yet; choose --device cpu, or --quantization int8")
+    if config.quantization == "int4" and wanted == "auto" and torch.cuda.is_available():
+        logger.warning("computing on the CPU although there is a GPU: GPUs do not compute int4 yet")
+        return Cpu(host)
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return Cpu(host)
     if importlib.util.find_spec("triton") is None:

@@ -72,7 +72,7 @@ class Worker:
             torch.set_num_threads(config.worker.threads)
         checkpoint = None if joined else Checkpoint(resolve_model(config.model))
         self.name = config.model if checkpoint is None else checkpoint.folder.name
-        self.fingerprint, self.model = _identity(checkpoint or joined)
+        self.fingerprint, self.model, group = _identity(checkpoint or joined)
         layers = select_layers(config.worker.layers, self.model)
         experts = select_experts(config.worker.experts, self.model)
         self.router = config.router if config.router is not None and config.router.endpoint is not None else None
@@ -80,7 +80,7 @@ class Worker:
             experts = []  # the router decides
         self.device: WorkerDevice = find_device(config, self.model)
         self.arithmetic: Arithmetic = self.device.arithmetic
-        self.layout = blank_weights(self.arithmetic, self.model)
+        self.layout = blank_weights(self.arithmetic, self.model, group)
         self.source = PlacedWeights(self._source(checkpoint), self.device.place)
         self.store: ExpertStore = load_store(self.source, layers, experts)
 
@@ -187,10 +187,10 @@ class Worker:
             yield registration
 
 
-def _identity(model: Checkpoint | ModelFolder | None) -> tuple[str, ModelConfig]:
-    """Fingerprint and shape."""
+def _identity(model: Checkpoint | ModelFolder | None) -> tuple[str, ModelConfig, int]:
+    """Fingerprint, shape, and int4's groups."""
     assert model is not None
-    return model.fingerprint, model.config
+    return model.fingerprint, model.config, model.int4_group
 
 
 def _adopter(

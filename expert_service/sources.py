@@ -18,6 +18,9 @@ from consilium.checkpoint import Checkpoint, ExpertBiases, ExpertTensors
 from consilium.content_hash import HASH_BYTES
 from consilium.errors import NotReady
 from consilium.experts import Arithmetic, ExpertWeights
+from consilium.formats.scheme import INT4_GROUP
+from consilium.int4_experts import Int4Arithmetic
+from consilium.matrix import Prepared
 from consilium.model_config import ModelConfig
 from consilium.rpc import channel_options, from_rpc_error, router_channel_options
 from consilium.tokens import Metadata
@@ -111,7 +114,7 @@ class PeerWeights:
         return (message.data for message in stream)
 
 
-def blank_weights(arithmetic: Arithmetic, model: ModelConfig) -> ExpertWeights:
+def blank_weights(arithmetic: Arithmetic, model: ModelConfig, int4_group: int = INT4_GROUP) -> ExpertWeights:
     """An expert of ones: as large as the model's, for whoever has none yet."""
     inner, outer = torch.ones(model.expert_size, model.hidden_size), torch.ones(model.hidden_size, model.expert_size)
     biases = None
@@ -119,7 +122,10 @@ def blank_weights(arithmetic: Arithmetic, model: ModelConfig) -> ExpertWeights:
         biases = ExpertBiases(
             torch.ones(model.expert_size), torch.ones(model.expert_size), torch.ones(model.hidden_size)
         )
-    return arithmetic.prepare(ExpertTensors(inner, inner.clone(), outer, biases, model.activation))
+    found = ExpertTensors(inner, inner.clone(), outer, biases, model.activation)
+    if isinstance(arithmetic, Int4Arithmetic):
+        return arithmetic.round(found, int4_group)
+    return arithmetic.prepare(found)
 
 
 def chunks(weights: ExpertWeights) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from gateway.server import serve
 FLAGS = {
     "model": ("model", "a Hugging Face folder, a fetched model's name, or a shape"),
     "weight-version": ("weight_version", "name of these weights, where another version is served beside them"),
-    "quantization": ("quantization", "arithmetic of the experts: int8, int8-weight-only, or none"),
+    "quantization": ("quantization", "arithmetic of the experts: int8, int8-weight-only, int4, or none"),
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "router": ("router.endpoint", "grpc://HOST:PORT of the router that knows the workers"),
     "token-file": ("tokens.gateway_file", "the secret that gateways show router and workers"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consilium.config import Config, DenseQuantization
+from consilium.config import Config, DenseQuantization, has_integer_rows
 from consilium.integer_product import IntegerProduct, find_integer_product
 from consilium.model_config import ModelConfig
 from consilium.wire import ROW_DTYPES
@@ -38,12 +38,13 @@ def find_arithmetic(config: Config, model: ModelConfig) -> Arithmetic:
     """The arithmetic of a deployment, its kernels proved on this CPU. Raises ConsiliumError when none is right."""
     dense = dense_quantization(config)
     product = None
-    if "int8" in (dense, config.quantization):
+    experts = has_integer_rows(config.quantization)
+    if experts or dense == "int8":
         product = find_integer_product(dense_shapes(model))
     return Arithmetic(
         ROW_DTYPES[config.dtype],
         product if dense == "int8" else None,
-        product if config.quantization == "int8" else None,
+        product if experts else None,
     )
 
 
@@ -63,5 +64,5 @@ def dense_shapes(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def dense_quantization(config: Config) -> DenseQuantization:
-    """That of the projections and the head: as configured, else int8 where the experts compute in int8."""
-    return config.gateway.dense_quantization or ("int8" if config.quantization == "int8" else "none")
+    """That of the projections and the head: as configured, else int8 where the experts get rows of int8."""
+    return config.gateway.dense_quantization or ("int8" if has_integer_rows(config.quantization) else "none")

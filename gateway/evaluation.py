@@ -47,6 +47,8 @@ MODES = (
     Mode("int8", "int8", "int8"),
     Mode("int8-experts", "int8"),
     Mode("int8-weight-only", "int8-weight-only"),
+    Mode("int4", "int4", "int8"),
+    Mode("int4-experts", "int4"),
 )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consilium.float_experts import tiled_linear
 from consilium.integer_product import IntegerProduct
+from consilium.matrix import Stored, to_floats
 from consilium.quantization import Quantized, quantize_weight
 
 
@@ -60,21 +61,17 @@ class LinearMaker:
     def __init__(self, dtype: torch.dtype, product: IntegerProduct | None) -> None:
         self._dtype, self._product = dtype, product
 
-    def make(self, matrices: Sequence[Tensor | Quantized], biases: Sequence[Tensor] = ()) -> Linear:
+    def make(self, matrices: Sequence[Stored], biases: Sequence[Tensor] = ()) -> Linear:
         """One layer for the outputs of several matrices [N, K], one after the other."""
         bias = torch.cat([each.to(self._dtype) for each in biases]) if biases else None
         if self._product is None:
-            floats = [_dequantize(each).to(self._dtype) for each in matrices]
+            floats = [to_floats(each).to(self._dtype) for each in matrices]
             return FloatLinear(floats[0] if len(floats) == 1 else torch.cat(floats), bias)
         return Int8Linear(quantize_matrices(matrices), bias, self._product)
 
 
 def quantize_matrices(matrices: Sequence[Tensor | Quantized]) -> Quantized:
     """The outputs of several matrices [N, K] in int8, one after the other."""
-    quantized = [each if isinstance(each, Quantized) else quantize_weight(each) for each in matrices]
+    quantized = [each if isinstance(each, Quantized) else quantize_weight(to_floats(each)) for each in matrices]
     values, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*quantized, strict=True))
     return Quantized(values.contiguous(), scales.contiguous())
-
-
-def _dequantize(matrix: Tensor | Quantized) -> Tensor:
-    return matrix.values.float() * matrix.scales[:, None] if isinstance(matrix, Quantized) else matrix

@@ -20,7 +20,7 @@ import grpc
 import torch
 
 from consilium.attachment import Parts
-from consilium.config import ExpertGroupConfig
+from consilium.config import ExpertGroupConfig, has_integer_rows
 from consilium.errors import ConfigError, ConsiliumError, ExpertUnavailable
 from consilium.frames import PROTOCOL_VERSION, Frame, encode_call
 from consilium.link_packets import RowFormat
@@ -222,7 +222,7 @@ class WorkerConnection:
             return None
         replies = TORCH_DTYPES[description.row_dtype]
         form = RowFormat(
-            description.hidden_size, torch.int8 if description.quantization == "int8" else replies, replies
+            description.hidden_size, torch.int8 if has_integer_rows(description.quantization) else replies, replies
         )
         size = LINK_FRAMES * self._max_frame
         try:

@@ -18,7 +18,7 @@ FLAGS = {
         "model",
         "a Hugging Face folder, a fetched model's name, or a shape: its config.json is read, no weights",
     ),
-    "quantization": ("quantization", "int8, int8-weight-only, or none; workers must be the same"),
+    "quantization": ("quantization", "int8, int8-weight-only, int4, or none; workers must be the same"),
     "dtype": ("dtype", "float32 or bfloat16: what is not int8"),
     "host": ("router.host", "address to listen on"),
     "port": ("router.port", "port to listen on; 0 lets the system choose"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint, ExpertTensors
-from consilium.config import GatewayConfig
+from consilium.config import GatewayConfig, Quantization
 from consilium.float_experts import FloatArithmetic
 from consilium.frames import Frame, decode_result, encode_result
 from gateway.batches import ExpertOutputs
@@ -65,12 +65,12 @@ def rows_of(outputs: ExpertOutputs) -> Tensor:
 Compute = Callable[[Frame], Tensor]  # output rows [P, D] of a frame
 
 
-class Int8Rows:
-    """What an int8 worker answers: the arithmetic of the expert service, with every expert at hand."""
+class IntegerRows:
+    """What an int8 or int4 worker answers: the arithmetic of the expert service, with every expert at hand."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantization: Quantization = "int8") -> None:
         config = checkpoint.config
-        self._arithmetic = find_arithmetic("int8", "bfloat16", config.hidden_size, config.expert_size)
+        self._arithmetic = find_arithmetic(quantization, "bfloat16", config.hidden_size, config.expert_size)
         self._experts = {
             (layer, expert): self._arithmetic.prepare(checkpoint.expert(layer, expert))
             for layer in config.expert_layers()

@@ -59,10 +59,20 @@ def awq(rows: int, columns: int, group: int) -> Parts:
     return parts, _dequantized(values, zero, scales, _groups(columns, group, order=False))
 
 
-def gptq(rows: int, columns: int, bits: int, group: int, *, order: bool, first_version: bool = True) -> Parts:
+def gptq(
+    rows: int,
+    columns: int,
+    bits: int,
+    group: int,
+    *,
+    order: bool,
+    first_version: bool = True,
+    symmetric: bool = False,
+) -> Parts:
     """AutoGPTQ: the transpose, packed along the inputs; zero points along the outputs, at first less one."""
     groups, places = columns // group, list(range(32 // bits))
     values, zero = torch.randint(0, 2**bits, (rows, columns)), torch.randint(1, 2**bits, (rows, groups))
+    zero = torch.full_like(zero, 2 ** (bits - 1)) if symmetric else zero
     scales, indices = (torch.rand(rows, groups) / 2**bits).half(), _groups(columns, group, order=order)
     parts = {
         "qweight": pack(values, bits, places).T.contiguous(),

@@ -46,10 +46,10 @@ def show(options: argparse.Namespace) -> int:
 
     model = read_model_folder(resolve_model(options.model))
     if model.int8 and options.quantization == "none":
-        raise ConfigError(f"--quantization none: {options.model} is int8 on disk; choose int8 or int8-weight-only")
+        raise ConfigError(f"--quantization none: {options.model} is int8 on disk; choose int8 or int4")
     sizes = _sizes("--cache", options.cache) or [Config().gateway.kv_cache_memory]
     memory, machines = _sizes("--memory", options.memory), _sizes("--machines", options.machines)
-    mode = Mode(options.quantization, options.dtype)
+    mode = Mode(options.quantization, options.dtype, model.int4_group)
     found = report.inspect(model, options.model, mode, sizes[0], memory, machines)
     if options.json:
         print(json.dumps(found, indent=2))

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from consilium.errors import CheckpointError
+from consilium.formats.int4_groups import HALF, int4_rows
 from consilium.formats.parts import FLOATS, check_groups, find_part, sibling, unpack
+from consilium.formats.scheme import Scheme
+from consilium.int4 import Int4Rows
 from consilium.tensor_source import TensorSource
 
 # Where AWQ has each of eight neighbouring outputs in a word.
@@ -49,9 +52,10 @@ class Gptq:
     X.g_idx [K] names the group of each input (`desc_act`); without it they follow each other.
     """
 
-    def __init__(self, source: TensorSource, bits: int, zero_offset: int, group_size: int) -> None:
-        self._source, self._bits, self._per_word = source, bits, 32 // bits
-        self._zero_offset, self._group_size = zero_offset, group_size
+    def __init__(self, source: TensorSource, scheme: Scheme) -> None:
+        self._source, self._bits, self._per_word = source, scheme.bits, 32 // scheme.bits
+        self._zero_offset, self._group_size = scheme.zero_offset, scheme.group_size
+        self._int4_group = scheme.int4_group
 
     def main(self, name: str) -> str:
         return sibling(name, "qweight")
@@ -65,14 +69,29 @@ class Gptq:
 
     def decode(self, name: str, index: int | None) -> Tensor:
         outputs, inputs = self.shape(name)
-        scales = find_part(self._source, sibling(name, "scales"), FLOATS, (None, outputs))[:].float()  # [G, N]
-        shape = len(scales), -(-outputs // self._per_word)
-        packed = find_part(self._source, sibling(name, "qzeros"), ("I32",), shape)[:]
-        zeros = unpack(packed, self._bits)[:, :outputs] + self._zero_offset  # [G, N]
+        scales, zeros = self._scales_and_zeros(name, outputs)
         values = unpack(self._source.find(self.main(name))[:].T, self._bits)  # [N, K]
         groups = self._groups(name, inputs, len(scales))
         weight = (values - zeros.T[:, groups]).float() * scales.T[:, groups]  # [N, K]
         return weight if index is None else weight[index]
+
+    def int4(self, name: str) -> Int4Rows | None:
+        """The matrix as int4 takes it, where it is stored so."""
+        if not self._int4_group:
+            return None
+        (outputs, inputs), group = self.shape(name), self._int4_group
+        scales, zeros = self._scales_and_zeros(name, outputs)
+        if (zeros != HALF).any():
+            return None
+        groups = self._groups(name, inputs, len(scales))
+        return int4_rows(self._source.find(self.main(name))[:].T, scales.T, groups, group)
+
+    def _scales_and_zeros(self, name: str, outputs: int) -> tuple[Tensor, Tensor]:
+        """[G, N] each."""
+        scales = find_part(self._source, sibling(name, "scales"), FLOATS, (None, outputs))[:].float()
+        shape = len(scales), -(-outputs // self._per_word)
+        packed = find_part(self._source, sibling(name, "qzeros"), ("I32",), shape)[:]
+        return scales, unpack(packed, self._bits)[:, :outputs] + self._zero_offset
 
     def _groups(self, name: str, inputs: int, count: int) -> Tensor:
         part = sibling(name, "g_idx")

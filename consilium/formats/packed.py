@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from consilium.errors import CheckpointError
+from consilium.formats.int4_groups import int4_rows
 from consilium.formats.parts import FLOATS, check_groups, find_part, sibling, unpack
+from consilium.int4 import Int4Rows
 from consilium.tensor_source import TensorSource
 
 
 class Packed:
     """Matrices [N, K] as X.weight_packed, X.weight_scale [N, G], X.weight_shape; zero points and an order, if any."""
 
-    def __init__(self, source: TensorSource, bits: int) -> None:
-        self._source, self._bits, self._per_word = source, bits, 32 // bits
+    def __init__(self, source: TensorSource, bits: int, int4_group: int = 0) -> None:
+        self._source, self._bits, self._per_word, self._int4_group = source, bits, 32 // bits, int4_group
 
     def main(self, name: str) -> str:
         return sibling(name, "weight_packed")
@@ -40,6 +42,15 @@ class Packed:
         weight = values.float() * scales[:, groups]  # [N, K]
         return weight if index is None else weight[index]
 
+    def int4(self, name: str) -> Int4Rows | None:
+        """The matrix as int4 takes it, where it is stored so."""
+        if not self._int4_group or sibling(name, "weight_zero_point") in self._source:
+            return None
+        (rows, columns), group = self.shape(name), self._int4_group
+        scales = find_part(self._source, sibling(name, "weight_scale"), FLOATS, (rows, None))[:].float()
+        groups = self._groups(name, columns, scales.shape[1])
+        return int4_rows(self._source.find(self.main(name))[:], scales, groups, group)
+
     def _groups(self, name: str, columns: int, count: int) -> Tensor:
         """The group of each input."""
         part = sibling(name, "weight_g_idx")
@@ -47,6 +58,9 @@ class Packed:
             found = find_part(self._source, part, ("I32", "I64"), (columns,))[:]
             if not (found < 0).all():  # -1 everywhere: no order
                 return check_groups(self._source.place(part), found, columns, count)
+        group = self._int4_group
+        if group and count == -(-columns // group):  # the last one may be shorter
+            return torch.arange(columns) // group
         if count == 0 or columns % count:
             place = self._source.place(sibling(name, "weight_scale"))
             raise CheckpointError(f"{place}: {count} groups do not divide {columns} inputs evenly")

@@ -13,6 +13,8 @@ from consilium.compressed_tensors import METHOD, SUPPORTED, check_quantization_c
 from consilium.errors import CheckpointError
 
 Kind = Literal["int8", "fp8", "mxfp4", "packed", "awq", "gptq"]
+INT4_GROUP = 64  # inputs that share a scale in int4 (consilium.int4), where the checkpoint does not say
+WHOLE_ROW = 128  # where all of a row do, their scale is repeated
 _METHODS = "fp8, mxfp4, awq, gptq"
 
 
@@ -26,6 +28,9 @@ class Scheme:
     scale: str = ""  # the name of fp8's scales behind that of the module
     zero_offset: int = 0  # what gptq adds to a stored zero point
     group_size: int = 0  # inputs that share a scale in gptq, where no g_idx says so; 0: all of them
+    # Inputs that share a scale where matrices are symmetric int4, which int4 experts take as they are; 0: they are not.
+    int4_group: int = 0
+    experts: Scheme | None = None  # that of the experts, where it is another one
 
 
 def find_scheme(file: str, stated: object) -> Scheme:
@@ -63,19 +68,35 @@ def _gptq(file: str, stated: Mapping[str, Any]) -> Scheme:
     size = stated.get("group_size", -1)
     if type(size) is not int or size < -1 or size == 0:
         raise _wrong(file, "group_size", size, "a positive number or -1")
+    exact = stated["bits"] == 4 and stated.get("sym") is True and not stated.get("desc_act")
     offset = 0 if stated.get("checkpoint_format") == "gptq_v2" else 1  # the first version stores one less
-    return Scheme("gptq", stated["bits"], zero_offset=offset, group_size=max(size, 0))
+    return Scheme(
+        "gptq",
+        stated["bits"],
+        zero_offset=offset,
+        group_size=max(size, 0),
+        int4_group=_int4_group(size) if exact else 0,
+    )
 
 
 def _packed(file: str, stated: Mapping[str, Any]) -> Scheme:
     """compressed-tensors, integers packed into int32."""
-    bits: set[int] = set()
+    bits, groups = set[int](), set[int]()
     for weights in _weights(file, stated):
         _check(file, weights, {"type": ("int",), "strategy": ("group", "channel"), "num_bits": (4, 8)}, "weights.")
         bits.add(weights["num_bits"])
+        exact = weights["num_bits"] == 4 and weights.get("symmetric") is True and not weights.get("actorder")
+        groups.add(_int4_group(weights.get("group_size")) if exact else 0)
     if len(bits) > 1:
         raise _wrong(file, "config_groups", sorted(bits), "groups of equally many bits")
-    return Scheme("packed", bits.pop())
+    return Scheme("packed", bits.pop(), int4_group=groups.pop() if len(groups) == 1 else 0)
+
+
+def _int4_group(stated: object) -> int:
+    """Inputs that share a scale; 0 where int4 has no such groups."""
+    if stated in (None, -1):
+        return WHOLE_ROW
+    return stated if isinstance(stated, int) and stated > 0 and stated % 8 == 0 else 0
 
 
 def _float8(file: str, stated: Mapping[str, Any]) -> Scheme:

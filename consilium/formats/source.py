@@ -13,6 +13,7 @@ from consilium.formats.fp8 import Float8
 from consilium.formats.mxfp4 import Mxfp4
 from consilium.formats.packed import Packed
 from consilium.formats.scheme import Scheme
+from consilium.int4 import Int4Rows
 from consilium.tensor_source import TensorSlice, TensorSource
 
 
@@ -48,6 +49,11 @@ class DecodedTensors:
     def find(self, name: str) -> TensorSlice:
         """As TensorSource has it."""
         return DecodedTensor(self._format, name) if self._format.holds(name) else self._source.find(name)
+
+    def int4(self, name: str) -> Int4Rows | None:
+        """The matrix as it is stored, where int4 experts take it so. Raises CheckpointError."""
+        form = self._format
+        return form.int4(name) if isinstance(form, Packed | Gptq) and form.holds(name) else None
 
     def metadata(self, name: str) -> Mapping[str, str]:
         """Of the file that holds the tensor."""
@@ -87,7 +93,7 @@ def _format(source: TensorSource, scheme: Scheme) -> Format:
     if scheme.kind == "mxfp4":
         return Mxfp4(source)
     if scheme.kind == "packed":
-        return Packed(source, scheme.bits)
+        return Packed(source, scheme.bits, scheme.int4_group)
     if scheme.kind == "awq":
         return Awq(source)
-    return Gptq(source, scheme.bits, scheme.zero_offset, scheme.group_size)
+    return Gptq(source, scheme)

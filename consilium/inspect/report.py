@@ -27,7 +27,8 @@ def inspect(
     config, tensors = model.config, stored_tensors(model)
     stored = None if tensors is None else stored_bytes(tensors, model.family.names, config.num_layers)
     latent = 2 if stored and set(stored.get("attention", ())) <= {"BF16"} else 4
-    needs = {each: _need(model, each, cache, latent) for each in MODES if not model.int8 or each.quantization != "none"}
+    modes = [each._replace(group=model.int4_group) for each in MODES if not model.int8 or each.quantization != "none"]
+    needs = {each: _need(model, each, cache, latent) for each in modes}
     found: dict[str, Any] = {
         "model": name,
         "architecture": _architecture(model),

@@ -19,9 +19,12 @@ from consilium.kernels import (
     experts,
     gate,
     gate_rules,
+    grouped,
+    int4_tile,
     latent,
     linear,
     norm,
+    rounding,
     routing,
     sampling,
 )
@@ -49,7 +52,12 @@ def compile_all() -> None:
     for kind in candidates():
         linear.multiply_shared(kind, at, at, 1, at, at, _SIZE, _SIZE, at, alone(1))
         for form in (FLOAT32, BFLOAT16):
-            experts.compute(kind, form, at, at, 0, 0, at, at, at, _SIZE, _SIZE, at, at)
+            for grouping in (experts.INT8, (int4_tile.WORD,)):
+                experts.compute(kind, grouping, form, at, at, 0, 0, at, at, at, _SIZE, _SIZE, at, at)
+        grouped.multiply_shared(kind, at, at, 1, at, at, _SIZE, _SIZE, int4_tile.WORD, at, alone(1))
+    packed, scale = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
+    rounding.round_rows(np.zeros((1, int4_tile.WORD), np.float32), int4_tile.WORD, packed, scale)
+    rounding.interleave(packed, np.zeros((1, 1, int4_tile.CHANNELS), np.int32))
     linear.quantize(at, 1, _SIZE, at, at)
     linear.rescale_rows(at, at, 1, at, _SIZE, at)
     arithmetic.exp_all(at, 1, at)

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from consilium.kernels import grouped
 from consilium.kernels.arithmetic import quantize_row, silu_and_multiply, to_bfloat16
 from consilium.kernels.compiler import bytes_, floats, halves, ints, kernel, longs
 from consilium.kernels.linear import BLOCK, multiply
+
+# What weights are made of, by its type (see int8_tile): INT8, or int4 in groups of as many inputs as the tuple says.
+Grouping = tuple[int, ...]
+INT8: Grouping = ()
 
 WEIGHTS = 6  # addresses an expert has: values and scales of gate, up and down
 
@@ -43,8 +48,18 @@ def round_rows(rows: int, size: int, out: int) -> None:
 
 
 @kernel
+def product(kind, grouping, x, x_scales, rows, w, w_scales, columns, size, out):  # type: ignore[no-untyped-def]
+    """float32 [M, N] at ``out``: int8 x [M, K] and w [N, K] with their scales."""
+    if len(grouping) == 0:
+        multiply(kind, x, x_scales, rows, w, w_scales, columns, size, out, columns)
+    else:
+        grouped.multiply(kind, x, x_scales, rows, w, w_scales, columns, size, grouping[0], out, columns)
+
+
+@kernel
 def compute(
     kind: Any,
+    grouping: Any,
     form: Any,
     weights: int,
     ranges: int,
@@ -80,14 +95,14 @@ def compute(
             if indices != 0:
                 x, x_scales = own_rows, own_scales
                 gather(rows, scales, indices, start, count, hidden_size, x, x_scales)
-            multiply(kind, x, x_scales, count, own[0], own[1], expert_size, hidden_size, gate, expert_size)
-            multiply(kind, x, x_scales, count, own[2], own[3], expert_size, hidden_size, up, expert_size)
+            product(kind, grouping, x, x_scales, count, own[0], own[1], expert_size, hidden_size, gate)
+            product(kind, grouping, x, x_scales, count, own[2], own[3], expert_size, hidden_size, up)
             found = floats(hidden_scales, count)
             for row in range(count):
                 gate_row = floats(gate + 4 * row * expert_size, expert_size)
                 silu_and_multiply(gate_row, floats(up + 4 * row * expert_size, expert_size), gate_row)
                 found[row] = quantize_row(gate_row, bytes_(hidden + row * expert_size, expert_size))
             target = out + 4 * start * hidden_size if len(form) == 0 else wide
-            multiply(kind, hidden, hidden_scales, count, own[4], own[5], hidden_size, expert_size, target, hidden_size)
+            product(kind, grouping, hidden, hidden_scales, count, own[4], own[5], hidden_size, expert_size, target)
             if len(form) != 0:
                 round_rows(wide, count * hidden_size, out + 2 * start * hidden_size)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from consilium.config import split_endpoint
+from consilium.config import has_integer_rows, split_endpoint
 from consilium.errors import ConsiliumError
 from consilium.model_folder import ModelFolder
 from consilium.tokens import Metadata
@@ -86,7 +86,7 @@ def _verdict(timings: Sequence[Timing], workers: Mapping[str, Description], top_
     largest = max(len(layer.experts) for worker in workers.values() for layer in worker.layers)
     first = next(iter(workers.values()))
     returned = first.hidden_size * TORCH_DTYPES[first.row_dtype].itemsize
-    sent = first.hidden_size + SCALE_BYTES if first.quantization == "int8" else returned
+    sent = first.hidden_size + SCALE_BYTES if has_integer_rows(first.quantization) else returned
     split = Split(len(held), experts, min(top_k, experts), -(-experts // largest), sent, returned)
     return explain(timings, split)
 

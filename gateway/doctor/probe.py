@@ -17,7 +17,7 @@ from statistics import median
 import grpc
 import torch
 
-from consilium.config import ExpertGroupConfig
+from consilium.config import ExpertGroupConfig, has_integer_rows
 from consilium.errors import ExpertUnavailable
 from consilium.frames import Frame
 from consilium.rpc import DEFAULT_MAX_FRAME, channel_options, from_rpc_error
@@ -97,7 +97,7 @@ def _frame(worker: Description, layer: int, experts: list[int], rows: int) -> Fr
 
 def _row_dtype(worker: Description) -> torch.dtype:
     """Of the rows that it takes."""
-    return torch.int8 if worker.quantization == "int8" else TORCH_DTYPES[worker.row_dtype]
+    return torch.int8 if has_integer_rows(worker.quantization) else TORCH_DTYPES[worker.row_dtype]
 
 
 class _Line:

@@ -17,7 +17,7 @@ from gateway.batch import Segment
 from gateway.kv_cache import KVPool
 from gateway.mailbox import Mailbox
 from gateway.model import Model
-from tests.local_workers import Compute, Int8Rows, local_dispatcher
+from tests.local_workers import Compute, IntegerRows, local_dispatcher
 from tests.tiny_models import (
     save_deepseek,
     save_deepseek_v2,
@@ -140,7 +140,7 @@ def test_int8_is_close(folder: Path, tokens: Tensor, expected: Tensor) -> None:
     """Closer than another position's would be by far: weights that were reordered or scaled are quantized rightly."""
     checkpoint, product = Checkpoint(folder), find_integer_product()
     arithmetic = Arithmetic(torch.float32, product, product)
-    found = log_probabilities(checkpoint, tokens, arithmetic, Int8Rows(checkpoint))
+    found = log_probabilities(checkpoint, tokens, arithmetic, IntegerRows(checkpoint))
     assert (found - expected).norm() < 0.4 * (expected - expected.roll(1, 1)).norm()
 
 

@@ -99,7 +99,7 @@ def test_the_environment_states_units_lists_and_groups(load: Load) -> None:
         ("gateway: {host: 5}", "gateway.host: Input should be a valid string (got 5)"),
         ("gateway: {kv_cache_memory: 1KiB}", "gateway.kv_cache_memory: Input should be greater than or equal"),
         ("gateway: {layer_timeout: 25h}", "gateway.layer_timeout: Input should be less than or equal to 86400"),
-        ("quantization: int4", "quantization: Input should be 'none', 'int8' or 'int8-weight-only' (got 'int4')"),
+        ("quantization: int3", "Input should be 'none', 'int8', 'int8-weight-only' or 'int4' (got 'int3')"),
         ("log: {level: loud}", "log.level: Input should be"),
         ("8000: {}", "8000: Keys should be strings"),
     ],
@@ -248,7 +248,7 @@ def test_a_cache_is_there_where_it_is_configured(load: Load, url: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{cache: {}, quantization: none}", "cache: works with `quantization: int8` only"),
+        ("{cache: {}, quantization: none}", "cache: works with `quantization: int8` and `int4` only"),
         ("cache: {redis: 'there:6379'}", "cache.redis: write redis://HOST:PORT"),
         ("cache: {timeout: 2s}", "cache.timeout: Input should be less than or equal to 1"),
         ("cache: {tme: 1}", "unknown key 'cache.tme': did you mean 'timeout'?"),

@@ -98,7 +98,7 @@ def test_every_mode_against_none(tmp_path: Path) -> None:
     for score in others:
         assert score.positions == 57
         assert 1e-7 < score.divergence < 0.05
-        assert 0.8 < score.agreement <= 1
+        assert (0.4 if "int4" in score.mode else 0.8) < score.agreement <= 1  # of an untrained model
         assert score.perplexity != none.perplexity
         assert score.perplexity == pytest.approx(none.perplexity, rel=0.1)
 
@@ -130,8 +130,8 @@ def test_an_int8_model_is_compared_with_what_it_was_made_from(
 def test_what_cannot_be_evaluated_is_said(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"--modes: there is no mode 'int4'; choose from none, int8, int8-experts"):
-        find_modes(["none", "int4"])
+    with pytest.raises(ConfigError, match=r"--modes: there is no mode 'int3'; choose from none, int8, int8-experts"):
+        find_modes(["none", "int3"])
     other = save_mixtral(tmp_path / "other", vocab_size=400)
     with pytest.raises(CheckpointError, match=r"a vocabulary of 384 tokens, the reference .* one of 400"):
         evaluate(Checkpoint(model), Checkpoint(other), MODES, [[1, 2]], "float32")

@@ -29,7 +29,7 @@ from consilium.integer_product import find_integer_product
 from gateway.arithmetic import Arithmetic
 from gateway.kv_cache import blocks_for
 from gateway.messages import Generate, SamplingParams
-from tests.local_workers import Int8Rows
+from tests.local_workers import IntegerRows
 from tests.tiny_models import (
     save_deepseek,
     save_deepseek_v2,
@@ -68,6 +68,8 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ernie4_5_moe": (save_ernie4_5_moe, {}),
     "glm4_moe": (save_glm4_moe, {}),
     "minimax_m2": (save_minimax_m2, {}),
+    "mixtral in int4": (save_mixtral, {"hidden_size": 72, "num_local_experts": 5, "intermediate_size": 200}),
+    "gpt_oss in int4": (save_gpt_oss, {}),
 }
 
 Request = tuple[int, int, int, float]  # seed, tokens of the prompt, new tokens, temperature
@@ -102,8 +104,8 @@ def arithmetic(dtype: RowDType) -> Arithmetic:
 
 
 @cache
-def int8_rows(family: str) -> Int8Rows:
-    return Int8Rows(tiny(family))
+def integer_rows(family: str) -> IntegerRows:
+    return IntegerRows(tiny(family), "int4" if family.endswith("int4") else "int8")
 
 
 def serve(
@@ -116,8 +118,8 @@ def serve(
     prefix_cache: bool,
     micro_batches: int = 1,
 ) -> Served:
-    """An engine in int8 whose keys and values have the dtype."""
-    computed, rows = arithmetic(dtype), int8_rows(family)
+    """An engine in int8, or with experts in int4, whose keys and values have the dtype."""
+    computed, rows = arithmetic(dtype), integer_rows(family)
     return Served(
         tiny(family),
         blocks,

@@ -28,7 +28,11 @@ MODES: list[tuple[Quantization, RowDType]] = [
     ("int8", "bfloat16"),
     ("int8-weight-only", "float32"),
     ("int8-weight-only", "bfloat16"),
+    ("int4", "float32"),
+    ("int4", "bfloat16"),
 ]
+# Of norms, against float64.
+ERRORS = {"none-float32": 1e-6, "none-bfloat16": 1e-2, "int4-float32": 0.2, "int4-bfloat16": 0.2}
 modes = pytest.mark.parametrize(("quantization", "dtype"), MODES)
 
 
@@ -68,7 +72,7 @@ def test_close_to_the_reference(quantization: Quantization, dtype: RowDType) -> 
     assert found.dtype == arithmetic.reply_dtype == getattr(torch, dtype)
     expected = reference(tensors, x)
     error = (found.double() - expected).norm() / expected.norm()
-    assert error < {"none-float32": 1e-6, "none-bfloat16": 1e-2}.get(f"{quantization}-{dtype}", 3e-2)
+    assert error < ERRORS.get(f"{quantization}-{dtype}", 3e-2)
 
 
 def test_int8_is_the_definition_step_by_step() -> None:
@@ -159,12 +163,13 @@ def test_the_content_hash_covers_dtype_and_shape() -> None:
 
 
 def test_numerics_classes() -> None:
-    classes = [find_arithmetic(quantization, dtype, 4, 6).numerics_class for quantization, dtype in MODES]
+    classes = [find_arithmetic(quantization, dtype, 8, 16).numerics_class for quantization, dtype in MODES]
     assert classes[2] == classes[3] == "int8/v1"
     assert classes[0].startswith("float32/cpu/")
     assert classes[1].startswith("bfloat16/cpu/")
     assert classes[4].startswith("int8-weight-only-float32/cpu/")
-    assert len(set(classes)) == 5
+    assert classes[6] == classes[7] == "int4/v1"
+    assert len(set(classes)) == 6
 
 
 def test_weight_only_rounds_the_weights_and_nothing_else() -> None:
@@ -199,7 +204,7 @@ def test_biases_and_a_clamped_activation(quantization: Quantization, dtype: RowD
     found = compute_expert(arithmetic, arithmetic.prepare(tensors), *inputs(arithmetic, x)).double()
     expected = torch.cat([reference_row(tensors, row) for row in x.split(1)]).double()
     error = (found - expected).norm() / expected.norm()
-    assert error < {"none-float32": 1e-6, "none-bfloat16": 1e-2}.get(f"{quantization}-{dtype}", 3e-2)
+    assert error < ERRORS.get(f"{quantization}-{dtype}", 3e-2)
 
 
 @modes

@@ -14,15 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
 from consilium.errors import CheckpointError
+from consilium.experts import compute_expert
 from consilium.formats.scheme import Scheme, find_scheme
 from consilium.formats.source import DecodedTensors
+from consilium.int4 import Int4Rows
 from consilium.integer_product import IntegerProduct, find_integer_product
+from consilium.quantization import quantize_rows
 from consilium.tensor_files import TensorFiles
 from gateway.arithmetic import Arithmetic
 from tests import packers
-from tests.local_workers import Int8Rows
+from tests.local_workers import IntegerRows
 from tests.packers import Parts
 from tests.parity.test_model import log_probabilities
 from tests.tiny_models import save_deepseek_v3, save_gpt_oss, save_mixtral, save_qwen2_moe, save_qwen3_moe
@@ -43,6 +47,7 @@ PACKED = compressed("pack-quantized", num_bits=4, type="int", symmetric=True, st
 PACKED8 = compressed("pack-quantized", num_bits=8, type="int", symmetric=False, strategy="channel")
 AWQ: Json = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
 GPTQ: Json = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": True, "sym": False}
+GPTQ_SYMMETRIC: Json = {**GPTQ, "desc_act": False, "sym": True}
 GPTQ8: Json = {"quant_method": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"}
 
 
@@ -163,9 +168,51 @@ def test_a_model_computes_as_the_floats_that_it_stands_for(name: str, tmp_path: 
     assert torch.equal(*floats)
     assert floats[0].isfinite().all()
     arithmetic = Arithmetic(torch.float32, product, product)
-    int8 = [log_probabilities(each, tokens, arithmetic, Int8Rows(each)) for each in (packed, twin)]
+    int8 = [log_probabilities(each, tokens, arithmetic, IntegerRows(each)) for each in (packed, twin)]
     assert torch.equal(*int8)
     assert not torch.equal(floats[0], int8[0])
+
+
+def whole_rows(rows: int, columns: int) -> Parts:
+    return packers.pack_quantized(rows, columns, 4, columns, zeros=False, order=False)
+
+
+EXACT: dict[str, tuple[Json, Packer]] = {
+    "packed": FORMATS["packed-int4"],
+    "packed-rows": (
+        compressed("pack-quantized", num_bits=4, type="int", symmetric=True, strategy="channel"),
+        whole_rows,
+    ),
+    "gptq": (GPTQ_SYMMETRIC, partial(packers.gptq, bits=4, group=16, order=False, symmetric=True)),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_symmetric_int4_is_computed_with_as_it_is(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    folder = repack(save_qwen3_moe(tmp_path), *EXACT[name])
+    packed, twin = Checkpoint(folder), Checkpoint(folder / "twin")
+    for matrix, floats in zip(packed.expert(1, 2).matrices, twin.expert(1, 2).floats(), strict=True):
+        assert isinstance(matrix, Int4Rows)
+        assert matrix.group == packed.int4_group == (128 if name == "packed-rows" else 16)
+        assert torch.equal(matrix.floats(), floats)
+    arithmetic = find_arithmetic("int4", "float32", packed.config.hidden_size, packed.config.expert_size)
+    weights, rows = arithmetic.prepare(packed.expert(1, 2)), quantize_rows(torch.randn(5, packed.config.hidden_size))
+    found, exact = compute_expert(arithmetic, weights, *rows), find_arithmetic("none", "float32", 8, 8)
+    x = rows.values.float() * rows.scales[:, None]
+    expected = compute_expert(exact, exact.prepare(twin.expert(1, 2)), x)
+    assert (found - expected).norm() / expected.norm() < 2e-2  # of the hidden rows, which become int8
+
+
+@pytest.mark.parametrize("name", ["packed-int4-zeros", "packed-int4-order", "awq", "gptq", "gptq-act-order"])
+def test_other_int4_is_rounded_again(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    folder = repack(save_qwen3_moe(tmp_path), *FORMATS[name])
+    packed, twin = Checkpoint(folder), Checkpoint(folder / "twin")
+    arithmetic = find_arithmetic("int4", "float32", packed.config.hidden_size, packed.config.expert_size)
+    assert not any(isinstance(matrix, Int4Rows) for matrix in packed.expert(1, 2).matrices)
+    hashes = {arithmetic.prepare(each.expert(1, 2)).content_hash() for each in (packed, twin)}
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize(

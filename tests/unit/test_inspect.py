@@ -16,6 +16,7 @@ from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
 from consilium.cli import main
+from consilium.config import has_integer_rows
 from consilium.errors import CheckpointError, ConfigError
 from consilium.experts import Arithmetic
 from consilium.float_experts import FloatArithmetic
@@ -23,6 +24,7 @@ from consilium.inspect.parts import count_active, count_parameters
 from consilium.inspect.served import MODES, PROCESS, Mode, served_bytes
 from consilium.inspect.split import Need, suggest_split, usable
 from consilium.inspect.stored import read_header, stored_bytes, stored_tensors
+from consilium.int4_experts import GroupedProduct, Int4Arithmetic
 from consilium.int8_experts import Int8Arithmetic
 from consilium.integer_product import IntegerProduct, find_integer_product
 from consilium.memory import usable_memory
@@ -91,6 +93,7 @@ def test_experts_take_the_bytes_that_are_said(save: Any, mode: Mode, tmp_path: P
         "none": FloatArithmetic(dtype),
         "int8": Int8Arithmetic(dtype, product),
         "int8-weight-only": WeightOnlyArithmetic(dtype),
+        "int4": Int4Arithmetic(dtype, GroupedProduct(product.kind)),
     }
     arithmetic = arithmetics[mode.quantization]
     found = sum(
@@ -119,7 +122,7 @@ def test_the_gateway_takes_the_bytes_that_are_said(
     arithmetic = GatewayArithmetic(
         ROW_DTYPES[mode.dtype],
         product if mode.dense == "int8" else None,
-        product if mode.quantization == "int8" else None,
+        product if has_integer_rows(mode.quantization) else None,
     )
     model = Model(checkpoint, arithmetic, cast("ExpertSource", None))
     # Each once, whoever holds it; a view of the mapped file counts with its own bytes.
@@ -191,7 +194,7 @@ def test_the_command_prints_json_from_a_shape(capsys: pytest.CaptureFixture[str]
     assert main(["inspect", "shape:olmoe-1b-7b", *flags]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["stored"]["experts"] == {"I8": 16 * 64 * 3 * 2048 * 1024, "F32": 16 * 64 * 4 * (2 * 1024 + 2048)}
-    assert [each["fits"] for each in found["served"]] == [{str(4 * GIB): False, str(64 * GIB): True}] * 2
+    assert [each["fits"] for each in found["served"]] == [{str(4 * GIB): False, str(64 * GIB): True}] * 3
     assert [each["experts"] for each in found["split"]["machines"]] == ["0-31", "32-63"]
     assert main(["inspect", "shape:tiny"]) == 0
     assert "parameters" in capsys.readouterr().out

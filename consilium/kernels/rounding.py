@@ -1,0 +1,105 @@
+"""Weights become int4, and come into the order in which the product reads them (consilium.int4, kernels.int4_tile).
+
+Letters: N output channels, K inputs, G groups of inputs, B = N / 16 blocks of channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from consilium.kernels.arithmetic import ROUNDER, ZERO, from_bfloat16, to_bfloat16
+from consilium.kernels.compiler import kernel
+from consilium.kernels.int4_tile import CHANNELS, WORD
+
+# A group's largest magnitude is so many steps: 7 keeps it as it is; more make steps finer, and what is beyond is cut.
+STEPS = tuple(map(np.float32, (7.0, 7.5, 8.0, 8.5, 9.0, 9.5, 10.0)))
+LOWEST, HIGHEST, HALF = np.float32(-8), np.float32(7), np.float32(8)
+ONE, SMALLEST_SCALE = np.float32(1), np.finfo(np.float32).tiny
+LANES = 16  # sums of squares side by side, so that their order does not depend on the CPU
+LOW_BYTES, LOW_HALVES, HALVES = np.uint32(0x00FF00FF), np.uint32(0x0F0F0F0F), np.uint32(0xFFFF)
+BYTE, NIBBLE, HALF_WORD = np.uint32(8), np.uint32(4), np.uint32(16)
+
+
+@kernel
+def to_int4(weight: Any, inverse: Any) -> Any:
+    """The number from -8 to 7 nearest to weight · inverse, half to even, as a float32."""
+    q = (weight * inverse + ROUNDER) - ROUNDER
+    q = LOWEST if q < LOWEST else q
+    return HIGHEST if q > HIGHEST else q
+
+
+@kernel
+def squared_error(weights: Any, scale: Any, errors: Any) -> Any:
+    """Of int4 with this scale: element i adds to sum i % 16 of ``errors`` [16], and these are added in order."""
+    inverse = ONE / scale
+    errors[:] = ZERO
+    size = weights.shape[0]
+    whole = size // LANES * LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            weight = weights[start + lane]
+            difference = to_int4(weight, inverse) * scale - weight
+            errors[lane] += difference * difference
+    for each in range(whole, size):
+        difference = to_int4(weights[each], inverse) * scale - weights[each]
+        errors[each - whole] += difference * difference
+    total = ZERO
+    for lane in range(LANES):
+        total += errors[lane]
+    return total
+
+
+@kernel
+def find_scale(weights: Any, errors: Any) -> Any:
+    """The scale of a group float32 [K / G]: of those for ``STEPS`` the first with the least squared error, in bfloat16.
+
+    0 for a group that is zero, or so small that its scale would be subnormal.
+    """
+    largest = ZERO
+    for weight in weights:
+        largest = max(largest, abs(weight))
+    best, least = ZERO, np.float32(np.inf)
+    for steps in STEPS:
+        scale = from_bfloat16(to_bfloat16(largest / steps))
+        if scale >= SMALLEST_SCALE:
+            error = squared_error(weights, scale, errors)
+            if error < least:
+                best, least = scale, error
+    return best
+
+
+@kernel
+def round_rows(weights: Any, group: int, packed: Any, scales: Any) -> None:
+    """packed int32 [N, K / 8] (as ``interleave`` takes it) and scales float32 [N, G] of weights float32 [N, K]."""
+    errors = np.empty(LANES, np.float32)
+    for row in range(weights.shape[0]):
+        for number in range(scales.shape[1]):
+            first = number * group
+            of_group = weights[row, first : first + group]
+            scale = find_scale(of_group, errors)
+            scales[row, number] = scale
+            inverse = ZERO if scale == ZERO else ONE / scale
+            for word in range(of_group.shape[0] // WORD):
+                bits = np.uint32(0)
+                for place in range(WORD):
+                    q = to_int4(of_group[word * WORD + place], inverse) + HALF
+                    bits |= np.uint32(q) << np.uint32(4 * place)
+                packed[row, first // WORD + word] = np.int32(bits)
+
+
+@kernel
+def interleave(packed: Any, out: Any) -> None:
+    """out int32 [B, K / 8, 16] from packed int32 [N, K / 8], eight inputs a word, the first in the lowest bits.
+
+    Channels beyond N stay as they are.
+    """
+    for row in range(packed.shape[0]):
+        block, lane = row // CHANNELS, row % CHANNELS
+        for word in range(packed.shape[1]):
+            bits = np.uint32(packed[row, word])
+            low, high = bits & HALVES, bits >> HALF_WORD
+            low, high = (low | low << BYTE) & LOW_BYTES, (high | high << BYTE) & LOW_BYTES
+            low, high = (low | low << NIBBLE) & LOW_HALVES, (high | high << NIBBLE) & LOW_HALVES
+            out[block, word, lane] = np.int32(low | high << NIBBLE)
