@@ -139,13 +139,13 @@ class Checkpoint:
         gate, up, down = (matrix.T.contiguous() for matrix in (gate_up[:, ::2], gate_up[:, 1::2], down))
         return ExpertTensors(gate, up, down, biases, self.config.activation)
 
-    def stored_hash(self, layer: int, expert: int) -> bytes | None:
-        """The content hash of an int8 expert, where `consilium quantize` has noted it beside its tensors."""
+    def stored_hash(self, layer: int, expert: int, *, int4: bool = False) -> bytes | None:
+        """The content hash of an int8 or int4 expert, where `consilium quantize` has noted it beside its tensors."""
         layout = self._layout(layer, expert)
         if not self.int8 or layout.fused:
             return None
         metadata = self._source.metadata(self._spelling(layout.down.format(layer=layer, expert=expert)))
-        noted = metadata.get(hash_key(layer, expert), "")
+        noted = metadata.get(hash_key(layer, expert, int4=int4), "")
         return bytes.fromhex(noted) if re.fullmatch(f"[0-9a-f]{{{2 * HASH_BYTES}}}", noted) else None
 
     def dense(self, layer: int) -> ExpertTensors:

@@ -14,6 +14,8 @@ from typing import Any
 from consilium.errors import CheckpointError
 
 METHOD, FORMAT = "compressed-tensors", "int-quantized"
+PACKED, MIXED = "pack-quantized", "mixed-precision"
+EXPERTS = r"re:.*\.experts\.[0-9]+\..*"  # the modules that are int4 in a mixed model
 SUPPORTED = (
     f"{METHOD} {FORMAT}: 8-bit symmetric integer weights per channel with 8-bit symmetric integer activations, dynamic "
     "per token; or a float32, float16 or bfloat16 checkpoint, which Consilium quantizes itself as it loads"
@@ -50,8 +52,11 @@ _WHOLE: Mapping[str, tuple[object, ...]] = {
 }
 
 
-def quantization_config(ignore: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of a model whose matrices are all int8 but those named in ``ignore``."""
+def quantization_config(ignore: list[str], int4_group: int | None = None) -> dict[str, Any]:
+    """The `quantization_config` of a model whose matrices are all int8 but those named in ``ignore``.
+
+    With ``int4_group`` experts are int4, and so many inputs share a scale.
+    """
 
     def first(table: Mapping[str, tuple[object, ...]]) -> dict[str, object]:
         return {key: values[0] for key, values in table.items()}
@@ -62,7 +67,12 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
         "input_activations": first(_ACTIVATIONS),
         "output_activations": None,
     }
-    return {**first(_WHOLE), "config_groups": {"group_0": group}, "ignore": ignore}
+    if int4_group is None:
+        return {**first(_WHOLE), "config_groups": {"group_0": group}, "ignore": ignore}
+    int4 = {**first(_WEIGHTS), "num_bits": 4, "strategy": "group", "group_size": int4_group}
+    experts = {**group, "targets": [EXPERTS], "weights": int4, "format": PACKED}
+    groups = {"group_0": experts, "group_1": {**group, "format": FORMAT}}
+    return {**first(_WHOLE), "format": MIXED, "config_groups": groups, "ignore": ignore}
 
 
 def check_quantization_config(file: str, stated: object) -> None:
@@ -92,9 +102,9 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix(WEIGHT) + SCALE
 
 
-def hash_key(layer: int, expert: int) -> str:
+def hash_key(layer: int, expert: int, *, int4: bool = False) -> str:
     """The key in a shard's metadata under which `consilium quantize` puts the content hash of an expert."""
-    return f"consilium.expert.{layer}.{expert}"
+    return f"consilium.expert{4 if int4 else ''}.{layer}.{expert}"
 
 
 def _mapping(file: str, place: str, value: object) -> Mapping[str, Any]:

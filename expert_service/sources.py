@@ -19,6 +19,7 @@ from consilium.content_hash import HASH_BYTES
 from consilium.errors import NotReady
 from consilium.experts import Arithmetic, ExpertWeights
 from consilium.formats.scheme import INT4_GROUP
+from consilium.int4 import Int4
 from consilium.int4_experts import Int4Arithmetic
 from consilium.matrix import Prepared
 from consilium.model_config import ModelConfig
@@ -65,7 +66,8 @@ class LocalWeights:
 
     def load(self, layer: int, expert: int) -> tuple[ExpertWeights, bytes]:
         weights = self._arithmetic.prepare(self._checkpoint.expert(layer, expert))
-        return weights, self._checkpoint.stored_hash(layer, expert) or weights.content_hash()
+        stored = self._checkpoint.stored_hash(layer, expert, int4=isinstance(weights.gate, Int4))
+        return weights, stored or weights.content_hash()
 
 
 class PeerWeights:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from consilium.compressed_tensors import METHOD, SUPPORTED, check_quantization_config
+from consilium.compressed_tensors import FORMAT, METHOD, PACKED, SUPPORTED, check_quantization_config
 from consilium.errors import CheckpointError
 
 Kind = Literal["int8", "fp8", "mxfp4", "packed", "awq", "gptq"]
-INT4_GROUP = 64  # inputs that share a scale in int4 (consilium.int4), where the checkpoint does not say
+# Inputs that share a scale in int4 (consilium.int4) where the checkpoint does not say: the default model loses 13 % of
+# perplexity with 32 and 23 % with 64.
+INT4_GROUP = 32
 WHOLE_ROW = 128  # where all of a row do, their scale is repeated
 _METHODS = "fp8, mxfp4, awq, gptq"
 
@@ -92,6 +94,18 @@ def _packed(file: str, stated: Mapping[str, Any]) -> Scheme:
     return Scheme("packed", bits.pop(), int4_group=groups.pop() if len(groups) == 1 else 0)
 
 
+def _mixed(file: str, stated: Mapping[str, Any]) -> Scheme:
+    """compressed-tensors, each group in a format of its own: ours, with int8 for all but the experts."""
+    groups = stated.get("config_groups")
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise _wrong(file, "config_groups", groups, "objects with weights")
+    packed = {name: group for name, group in groups.items() if group.get("format") == PACKED}
+    others = {name: group for name, group in groups.items() if name not in packed}
+    experts = _packed(file, {**stated, "config_groups": packed})
+    check_quantization_config(file, {**stated, "format": FORMAT, "config_groups": others})
+    return Scheme("int8", experts=experts)
+
+
 def _int4_group(stated: object) -> int:
     """Inputs that share a scale; 0 where int4 has no such groups."""
     if stated in (None, -1):
@@ -126,8 +140,9 @@ _PARSERS: Mapping[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
     "gptq": _gptq,
 }
 _COMPRESSED: Mapping[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
-    "pack-quantized": _packed,
+    PACKED: _packed,
     "float-quantized": _float8,
+    "mixed-precision": _mixed,
 }
 
 

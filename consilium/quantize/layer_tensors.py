@@ -1,4 +1,4 @@
-"""What is written of a float checkpoint: matrices folded and rounded to int8, everything else folded and in float."""
+"""What is written of a float checkpoint: matrices folded and rounded, everything else folded and in float."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
-from consilium.compressed_tensors import scale_name
+from consilium.compressed_tensors import hash_key, scale_name
 from consilium.content_hash import content_hash
+from consilium.int4 import Int4, interleave, round_int4
 from consilium.quantization import Quantized, quantize_weight
 from consilium.quantize.calibration import read_head
 from consilium.quantize.float_layer import FloatLayer
@@ -21,7 +22,7 @@ class Shard:
 
     def __init__(self, shifts: Mapping[str, Shift]) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self.hashes: dict[tuple[int, int], bytes] = {}
+        self.hashes: dict[str, bytes] = {}  # by hash_key
         self._shifts = shifts
 
     def add_float(self, name: str, tensor: Tensor) -> None:
@@ -35,13 +36,20 @@ class Shard:
         self.tensors[scale_name(name)] = quantized.scales[:, None]
         return quantized
 
+    def add_int4(self, name: str, matrix: Tensor) -> Int4:
+        """A matrix [N, K] that becomes int4 as compressed-tensors packs it; what it became."""
+        rows = round_int4(self._fold(name, matrix))
+        parts = {"packed": rows.packed, "scale": rows.scales.bfloat16(), "shape": torch.tensor(matrix.shape)}
+        self.tensors |= {f"{name}_{part}": tensor for part, tensor in parts.items()}
+        return interleave(rows)
+
     def _fold(self, name: str, tensor: Tensor) -> Tensor:
         shift = self._shifts.get(name)
         return tensor if shift is None else torch.from_numpy(fold(tensor.float().numpy(), shift))
 
 
-def layer_shard(checkpoint: Checkpoint, layer: FloatLayer, exponents: LayerExponents) -> Shard:
-    """Everything of one layer; fused experts come apart."""
+def layer_shard(checkpoint: Checkpoint, layer: FloatLayer, exponents: LayerExponents, *, int4: bool) -> Shard:
+    """Everything of one layer, its experts in int4 or int8; fused experts come apart."""
     config, names = checkpoint.config, checkpoint.names
     shard = Shard(layer_shifts(exponents, config, names, layer.layer))
     for template, norm in (
@@ -63,21 +71,21 @@ def layer_shard(checkpoint: Checkpoint, layer: FloatLayer, exponents: LayerExpon
         shard.add_matrix(f"{name}.weight", weight)
         if bias is not None:
             shard.add_float(f"{name}.bias", bias)
-    _add_experts(shard, checkpoint, layer)
+    _add_experts(shard, checkpoint, layer, int4=int4 and layer.routes)
     return shard
 
 
-def _add_experts(shard: Shard, checkpoint: Checkpoint, layer: FloatLayer) -> None:
+def _add_experts(shard: Shard, checkpoint: Checkpoint, layer: FloatLayer, *, int4: bool) -> None:
     names = checkpoint.names
     layout = names.experts[0] if layer.routes or names.dense is None else names.dense
     templates = (layout.gate, layout.up, layout.down)
     for expert in range(layer.experts):
-        matrices = [
-            shard.add_matrix(template.format(layer=layer.layer, expert=expert), matrix)
+        matrices: list[Quantized | Int4] = [
+            (shard.add_int4 if int4 else shard.add_matrix)(template.format(layer=layer.layer, expert=expert), matrix)
             for template, matrix in zip(templates, layer.expert(expert), strict=True)
         ]
         if layer.routes:
-            shard.hashes[layer.layer, expert] = content_hash(matrices)
+            shard.hashes[hash_key(layer.layer, expert, int4=int4)] = content_hash(matrices)
 
 
 def embedding_shard(checkpoint: Checkpoint) -> Shard:

@@ -18,6 +18,7 @@ from consilium.checkpoint import Checkpoint
 from consilium.compressed_tensors import quantization_config
 from consilium.errors import CheckpointError, ConfigError
 from consilium.families import require_offline
+from consilium.formats.scheme import INT4_GROUP
 from consilium.model_folder import UNFINISHED
 from consilium.models import is_model_folder
 from consilium.quantize.calibration import STRENGTHS, calibrate_head, calibrate_layer, embed
@@ -34,9 +35,17 @@ NOT_COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json", "prove
 
 
 def quantize(
-    model: Path, out: Path, text: Path | None = None, *, force: bool = False, console: Console | None = None
+    model: Path,
+    out: Path,
+    text: Path | None = None,
+    *,
+    int4: bool = False,
+    force: bool = False,
+    console: Console | None = None,
 ) -> None:
-    """Write the model in folder ``model`` to ``out`` in int8; an interrupted run is taken up where it stopped.
+    """Write the model in folder ``model`` to ``out`` in int8, or with its experts in ``int4``.
+
+    An interrupted run is taken up where it stopped.
 
     Raises ConfigError and CheckpointError that say what is wrong and what to do.
     """
@@ -49,22 +58,25 @@ def quantize(
     tokens = encode_text(model, vocabulary, calibration_text(text), FEWEST_TOKENS, MOST_TOKENS)
     _prepare_folder(model, out, force=force)
     layers = checkpoint.config.num_layers
-    progress = Progress(out, _settings(model, checkpoint, tokens), layers + 2)
+    progress = Progress(out, _settings(model, checkpoint, tokens, int4=int4), layers + 2)
     if progress.done:
         console.print(f"going on after {progress.done} of {layers + 2} files", soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ProgressBar(*columns, console=console) as bar, torch.inference_mode():
         task = bar.add_task("quantizing", total=layers + 2, completed=progress.done)
-        _write_shards(checkpoint, tokens, progress, lambda: bar.advance(task))
+        _write_shards(checkpoint, tokens, progress, lambda: bar.advance(task), int4=int4)
     _copy_others(model, out)
     names = checkpoint.names
     routers = [names.router.format(layer=layer).removesuffix(".weight") for layer in checkpoint.config.expert_layers()]
-    raw = {**checkpoint.raw, "tie_word_embeddings": False, "quantization_config": quantization_config(routers)}
-    progress.finish(raw)
-    console.print(f"the int8 model is in {out}", soft_wrap=True)
+    stated = quantization_config(routers, INT4_GROUP if int4 else None)
+    progress.finish({**checkpoint.raw, "tie_word_embeddings": False, "quantization_config": stated})
+    hint = ", serve it with --quantization int4" if int4 else ""
+    console.print(f"the {'int4' if int4 else 'int8'} model is in {out}{hint}", soft_wrap=True)
 
 
-def _write_shards(checkpoint: Checkpoint, tokens: list[int], progress: Progress, advance: Callable[[], None]) -> None:
+def _write_shards(
+    checkpoint: Checkpoint, tokens: list[int], progress: Progress, advance: Callable[[], None], *, int4: bool
+) -> None:
     """The embedding, every layer, and the head: each a shard, calibrated on what the ones before it computed."""
     layers = checkpoint.config.num_layers
 
@@ -78,7 +90,7 @@ def _write_shards(checkpoint: Checkpoint, tokens: list[int], progress: Progress,
     for number in range(progress.done - 1, layers):
         layer = FloatLayer(checkpoint, number)
         moved, hidden = calibrate_layer(layer, _hidden(progress))
-        add(layer_shard(checkpoint, layer, moved), hidden)
+        add(layer_shard(checkpoint, layer, moved, int4=int4), hidden)
     if progress.done == layers + 1:
         add(head_shard(checkpoint, calibrate_head(checkpoint, _hidden(progress))), None)
 
@@ -89,7 +101,7 @@ def _hidden(progress: Progress) -> Tensor:
     return progress.hidden
 
 
-def _settings(model: Path, checkpoint: Checkpoint, tokens: list[int]) -> dict[str, Any]:
+def _settings(model: Path, checkpoint: Checkpoint, tokens: list[int], *, int4: bool) -> dict[str, Any]:
     """What a run's output depends on: equal settings give equal shards."""
     weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in model.glob("*.safetensors")]
     return {
@@ -98,6 +110,7 @@ def _settings(model: Path, checkpoint: Checkpoint, tokens: list[int]) -> dict[st
         "weights": sorted(weights),
         "tokens": hashlib.sha256(str(tokens).encode()).hexdigest(),
         "strengths": list(STRENGTHS),
+        "experts": "int4" if int4 else "int8",
     }
 
 

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from consilium.compressed_tensors import hash_key
 from consilium.errors import ConfigError
 from consilium.model_folder import UNFINISHED
 from consilium.quantize.layer_tensors import Shard
@@ -50,7 +49,7 @@ class Progress:
     def add(self, shard: Shard, hidden: Tensor | None) -> None:
         """Write the next shard, and the hidden states that the one after it starts from."""
         file = self._file(self.done)
-        metadata = {hash_key(*expert): value.hex() for expert, value in shard.hashes.items()}
+        metadata = {key: value.hex() for key, value in shard.hashes.items()}
         _write_tensors(self._folder / file, shard.tensors, {"format": "pt", **metadata})
         if hidden is not None:
             _write_tensors(self._hidden(self.done + 1), {"hidden": hidden}, {})

@@ -10,16 +10,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from consilium.arithmetics import find_arithmetic
 from consilium.checkpoint import Checkpoint
 from consilium.cli import main
 from consilium.content_hash import content_hash
 from consilium.errors import CheckpointError, ConfigError
+from consilium.int4 import Int4Rows
 from consilium.model_folder import read_model_folder
 from consilium.models import resolve_model
 from consilium.quantization import Quantized
 from consilium.quantize import unfinished
 from consilium.quantize.run import quantize
 from consilium.quantize.text import FEWEST_TOKENS, MOST_TOKENS, calibration_text, encode_text
+from gateway.evaluation import evaluate, find_modes
 from tests.tiny_models import save_mixtral, save_olmoe, save_qwen3_moe
 
 
@@ -259,3 +262,26 @@ def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="consilium quantize does not know olmoe models, only mixtral and qwen3"):
         quantize(model, tmp_path / "int8")
     assert not (tmp_path / "int8").exists()
+
+
+def test_experts_in_int4(tmp_path: Path) -> None:
+    model = save_qwen3_moe(tmp_path / "model", mlp_only_layers=[1], num_hidden_layers=3)
+    assert main(["quantize", str(model), str(tmp_path / "int4"), "--format", "int4"]) == 0
+    before, after = Checkpoint(model), Checkpoint(tmp_path / "int4")
+    sizes = after.config.hidden_size, after.config.expert_size
+    int4, int8 = (find_arithmetic(quantization, "float32", *sizes) for quantization in ("int4", "int8"))
+    for layer in (0, 2):
+        for expert in range(6):
+            found = after.expert(layer, expert)
+            assert all(isinstance(matrix, Int4Rows) and matrix.group == 32 for matrix in found.matrices)
+            prepared = int4.prepare(found)
+            assert after.stored_hash(layer, expert, int4=True) == prepared.content_hash()
+            assert after.stored_hash(layer, expert) is None, "int8 experts of this model are others"
+            floats = int8.prepare(found._replace(**dict(zip(("gate", "up", "down"), found.floats(), strict=True))))
+            assert int8.prepare(found).content_hash() == floats.content_hash()
+    assert all(isinstance(matrix, Quantized) for matrix in after.dense(1).matrices)
+    assert isinstance(after.matrix("lm_head.weight", (384, 64)), Quantized)
+    tokens = torch.randint(384, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.inference_mode():
+        scores = evaluate(after, before, find_modes(["int4", "int8"]), [tokens], "float32")
+    assert all(1e-4 < score.divergence < 0.15 for score in scores[1:])
