@@ -30,7 +30,7 @@ from tests.tiny_models import save_mixtral
 LAYERS, EXPERTS = 3, 4
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 def test_a_worker_with_only_an_address_gets_everything_from_a_peer(tiny_mixtral: Path, quantization: str) -> None:
     kind = ("--quantization", quantization)
     with router(tiny_mixtral, "--replicas", "2", *kind) as (process, caller), ExitStack() as cleanup:
