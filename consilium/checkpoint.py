@@ -9,7 +9,7 @@ Letters: D hidden size, E experts, F expert FFN size, N output channels, K what 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +83,13 @@ class Checkpoint:
         self._source = _source(folder, model)
 
     def __contains__(self, name: str) -> bool:
-        return self._spelling(name) in self._source
+        return self.spelling(name) in self._source
+
+    def stored_names(self) -> Iterator[str]:
+        """The name of every tensor of a folder, as it is on disk."""
+        if not isinstance(self._source, TensorFiles):
+            raise CheckpointError(f"{self.folder} holds no floats as they are; give a float checkpoint")
+        return iter(self._source)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape on disk. Raises CheckpointError when the tensor or its file is missing or damaged."""
@@ -119,7 +125,7 @@ class Checkpoint:
 
     def expert(self, layer: int, expert: int) -> ExpertTensors:
         """One expert of a layer that routes; of fused tensors only this expert's part is read."""
-        layout = self._layout(layer, expert)
+        layout = self.layout(layer, expert)
         size, hidden = self.config.expert_size, self.config.hidden_size
         if not layout.fused:
             return self._separate(layout, layer, expert, size, self._expert_matrix)
@@ -141,10 +147,10 @@ class Checkpoint:
 
     def stored_hash(self, layer: int, expert: int, *, int4: bool = False) -> bytes | None:
         """The content hash of an int8 or int4 expert, where `consilium quantize` has noted it beside its tensors."""
-        layout = self._layout(layer, expert)
-        if not self.int8 or layout.fused:
+        layout = self.layout(layer, expert)
+        if self.scheme is None or layout.fused:
             return None
-        metadata = self._source.metadata(self._spelling(layout.down.format(layer=layer, expert=expert)))
+        metadata = self._source.metadata(self.spelling(layout.down.format(layer=layer, expert=expert)))
         noted = metadata.get(hash_key(layer, expert, int4=int4), "")
         return bytes.fromhex(noted) if re.fullmatch(f"[0-9a-f]{{{2 * HASH_BYTES}}}", noted) else None
 
@@ -177,14 +183,14 @@ class Checkpoint:
 
     def _expert_matrix(self, name: str, shape: tuple[int, int]) -> Stored:
         """As ``matrix``, or int4 where the checkpoint holds what int4 experts take as it is."""
-        found = self._source.int4(self._spelling(name)) if isinstance(self._source, DecodedTensors) else None
+        found = self._source.int4(self.spelling(name)) if isinstance(self._source, DecodedTensors) else None
         if found is None:
             return self.matrix(name, shape)
         self._checked(name, shape)
         self._finite(name, found.scales)
         return found
 
-    def _layout(self, layer: int, expert: int) -> ExpertLayout:
+    def layout(self, layer: int, expert: int) -> ExpertLayout:
         """The first known layout whose down projection is in the checkpoint."""
         for layout in self.names.experts:
             if layout.down.format(layer=layer, expert=expert) in self:
@@ -215,12 +221,12 @@ class Checkpoint:
         )
 
     def _place(self, name: str) -> str:
-        return self._source.place(self._spelling(name))
+        return self._source.place(self.spelling(name))
 
     def _find(self, name: str) -> TensorSlice:
-        return self._source.find(self._spelling(name))
+        return self._source.find(self.spelling(name))
 
-    def _spelling(self, name: str) -> str:
+    def spelling(self, name: str) -> str:
         """The name under which the tensor is stored: the family's own, or the other one some writers use."""
         other = name if self.names.other_spelling is None else name.replace(*self.names.other_spelling)
         return other if name not in self._source and other in self._source else name

@@ -52,17 +52,19 @@ _WHOLE: Mapping[str, tuple[object, ...]] = {
 }
 
 
-def quantization_config(ignore: list[str], int4_group: int | None = None) -> dict[str, Any]:
+def quantization_config(
+    ignore: list[str], int4_group: int | None = None, *, experts_alone: bool = False
+) -> dict[str, Any]:
     """The `quantization_config` of a model whose matrices are all int8 but those named in ``ignore``.
 
-    With ``int4_group`` experts are int4, and so many inputs share a scale.
+    With ``int4_group`` experts are int4, and so many inputs share a scale; ``experts_alone``: all else is float.
     """
 
     def first(table: Mapping[str, tuple[object, ...]]) -> dict[str, object]:
         return {key: values[0] for key, values in table.items()}
 
     group = {
-        "targets": ["Linear"],
+        "targets": [EXPERTS] if experts_alone else ["Linear"],
         "weights": first(_WEIGHTS),
         "input_activations": first(_ACTIVATIONS),
         "output_activations": None,
@@ -71,6 +73,8 @@ def quantization_config(ignore: list[str], int4_group: int | None = None) -> dic
         return {**first(_WHOLE), "config_groups": {"group_0": group}, "ignore": ignore}
     int4 = {**first(_WEIGHTS), "num_bits": 4, "strategy": "group", "group_size": int4_group}
     experts = {**group, "targets": [EXPERTS], "weights": int4, "format": PACKED}
+    if experts_alone:
+        return {**first(_WHOLE), "format": PACKED, "config_groups": {"group_0": experts}, "ignore": ignore}
     groups = {"group_0": experts, "group_1": {**group, "format": FORMAT}}
     return {**first(_WHOLE), "format": MIXED, "config_groups": groups, "ignore": ignore}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ class TensorFiles:
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
 
     def find(self, name: str) -> TensorSlice:
         """A handle on the tensor that reads nothing yet. Raises CheckpointError when it is missing or damaged."""

@@ -26,7 +26,7 @@ from consilium.families.names import ExpertLayout, Names
 from consilium.families.refused import REFUSED
 from consilium.model_config import ModelConfig, check
 
-__all__ = ["ExpertLayout", "Family", "Names", "find_family", "parse_config", "require_offline"]
+__all__ = ["SMOOTHED", "ExpertLayout", "Family", "Names", "find_family", "parse_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Of which `consilium quantize` and `consilium prune` know all tensors.
-OFFLINE = ("mixtral", "qwen3_moe")
+# Of which it is known what `consilium quantize` may move where; in others it rounds the experts as they are.
+SMOOTHED = ("mixtral", "qwen3_moe")
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -71,15 +71,6 @@ def find_family(config: Mapping[str, Any]) -> Family:
             f"{', '.join(sorted(FAMILIES))}"
         )
     return family
-
-
-def require_offline(config: ModelConfig, command: str) -> None:
-    """Raise CheckpointError unless ``command``, which rewrites checkpoints, knows the family."""
-    if config.family not in OFFLINE:
-        raise CheckpointError(
-            f"{command} does not know {config.family} models, only {' and '.join(OFFLINE)}; serve the float "
-            "checkpoint, which is quantized as it is loaded"
-        )
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,21 +71,31 @@ def layer_shard(checkpoint: Checkpoint, layer: FloatLayer, exponents: LayerExpon
         shard.add_matrix(f"{name}.weight", weight)
         if bias is not None:
             shard.add_float(f"{name}.bias", bias)
-    _add_experts(shard, checkpoint, layer, int4=int4 and layer.routes)
+    _add_experts(shard, checkpoint, layer, int4=int4)
     return shard
 
 
 def _add_experts(shard: Shard, checkpoint: Checkpoint, layer: FloatLayer, *, int4: bool) -> None:
-    names = checkpoint.names
-    layout = names.experts[0] if layer.routes or names.dense is None else names.dense
-    templates = (layout.gate, layout.up, layout.down)
-    for expert in range(layer.experts):
-        matrices: list[Quantized | Int4] = [
-            (shard.add_int4 if int4 else shard.add_matrix)(template.format(layer=layer.layer, expert=expert), matrix)
-            for template, matrix in zip(templates, layer.expert(expert), strict=True)
-        ]
-        if layer.routes:
-            shard.hashes[hash_key(layer.layer, expert, int4=int4)] = content_hash(matrices)
+    dense = checkpoint.names.dense
+    if layer.routes:
+        for expert in range(layer.experts):
+            add_expert(shard, checkpoint, layer.layer, expert, layer.expert(expert), int4=int4)
+    elif dense is not None:
+        for template, matrix in zip((dense.gate, dense.up, dense.down), layer.expert(0), strict=True):
+            shard.add_matrix(template.format(layer=layer.layer), matrix)
+
+
+def add_expert(
+    shard: Shard, checkpoint: Checkpoint, layer: int, expert: int, matrices: Sequence[Tensor], *, int4: bool
+) -> None:
+    """The gate, up and down matrices of one expert, and its content hash."""
+    layout, add = checkpoint.names.experts[0], shard.add_int4 if int4 else shard.add_matrix
+    templates = layout.gate, layout.up, layout.down
+    found: list[Quantized | Int4] = [
+        add(template.format(layer=layer, expert=expert), matrix)
+        for template, matrix in zip(templates, matrices, strict=True)
+    ]
+    shard.hashes[hash_key(layer, expert, int4=int4)] = content_hash(found)
 
 
 def embedding_shard(checkpoint: Checkpoint) -> Shard:

@@ -17,13 +17,14 @@ from torch import Tensor
 from consilium.checkpoint import Checkpoint
 from consilium.compressed_tensors import quantization_config
 from consilium.errors import CheckpointError, ConfigError
-from consilium.families import require_offline
+from consilium.families import SMOOTHED
 from consilium.formats.scheme import INT4_GROUP
 from consilium.model_folder import UNFINISHED
 from consilium.models import is_model_folder
 from consilium.quantize.calibration import STRENGTHS, calibrate_head, calibrate_layer, embed
 from consilium.quantize.float_layer import FloatLayer
 from consilium.quantize.layer_tensors import Shard, embedding_shard, head_shard, layer_shard
+from consilium.quantize.plain import check_separate, write_plain
 from consilium.quantize.text import FEWEST_TOKENS, MOST_TOKENS, calibration_text, encode_text
 from consilium.quantize.unfinished import Progress
 from consilium.tensor_files import PICKLE_PATTERNS
@@ -53,25 +54,39 @@ def quantize(
     checkpoint = Checkpoint(model)
     if checkpoint.int8:
         raise CheckpointError(f"{model} is int8 already; give the float checkpoint it was made from")
-    require_offline(checkpoint.config, "consilium quantize")
-    vocabulary = checkpoint.config.vocab_size
-    tokens = encode_text(model, vocabulary, calibration_text(text), FEWEST_TOKENS, MOST_TOKENS)
+    tokens = None
+    if checkpoint.config.family in SMOOTHED:
+        vocabulary = checkpoint.config.vocab_size
+        tokens = encode_text(model, vocabulary, calibration_text(text), FEWEST_TOKENS, MOST_TOKENS)
+    else:
+        check_separate(checkpoint)
+        console.print(f"{checkpoint.config.family} models are not smoothed: their experts are rounded", soft_wrap=True)
     _prepare_folder(model, out, force=force)
-    layers = checkpoint.config.num_layers
-    progress = Progress(out, _settings(model, checkpoint, tokens, int4=int4), layers + 2)
+    files = checkpoint.config.num_layers + (1 if tokens is None else 2)
+    progress = Progress(out, _settings(model, checkpoint, tokens, int4=int4), files)
     if progress.done:
-        console.print(f"going on after {progress.done} of {layers + 2} files", soft_wrap=True)
+        console.print(f"going on after {progress.done} of {files} files", soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ProgressBar(*columns, console=console) as bar, torch.inference_mode():
-        task = bar.add_task("quantizing", total=layers + 2, completed=progress.done)
-        _write_shards(checkpoint, tokens, progress, lambda: bar.advance(task), int4=int4)
+        task = bar.add_task("quantizing", total=files, completed=progress.done)
+        if tokens is None:
+            write_plain(checkpoint, progress, lambda: bar.advance(task), int4=int4)
+        else:
+            _write_shards(checkpoint, tokens, progress, lambda: bar.advance(task), int4=int4)
     _copy_others(model, out)
-    names = checkpoint.names
-    routers = [names.router.format(layer=layer).removesuffix(".weight") for layer in checkpoint.config.expert_layers()]
-    stated = quantization_config(routers, INT4_GROUP if int4 else None)
-    progress.finish({**checkpoint.raw, "tie_word_embeddings": False, "quantization_config": stated})
+    progress.finish(_config(checkpoint, int4=int4, smoothed=tokens is not None))
     hint = ", serve it with --quantization int4" if int4 else ""
     console.print(f"the {'int4' if int4 else 'int8'} model is in {out}{hint}", soft_wrap=True)
+
+
+def _config(checkpoint: Checkpoint, *, int4: bool, smoothed: bool) -> dict[str, Any]:
+    """config.json of what was written."""
+    group = INT4_GROUP if int4 else None
+    if not smoothed:
+        return {**checkpoint.raw, "quantization_config": quantization_config([], group, experts_alone=True)}
+    router, layers = checkpoint.names.router, checkpoint.config.expert_layers()
+    routers = [router.format(layer=layer).removesuffix(".weight") for layer in layers]
+    return {**checkpoint.raw, "tie_word_embeddings": False, "quantization_config": quantization_config(routers, group)}
 
 
 def _write_shards(
@@ -101,14 +116,14 @@ def _hidden(progress: Progress) -> Tensor:
     return progress.hidden
 
 
-def _settings(model: Path, checkpoint: Checkpoint, tokens: list[int], *, int4: bool) -> dict[str, Any]:
+def _settings(model: Path, checkpoint: Checkpoint, tokens: list[int] | None, *, int4: bool) -> dict[str, Any]:
     """What a run's output depends on: equal settings give equal shards."""
     weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in model.glob("*.safetensors")]
     return {
         "version": VERSION,
         "model": checkpoint.fingerprint,
         "weights": sorted(weights),
-        "tokens": hashlib.sha256(str(tokens).encode()).hexdigest(),
+        "tokens": None if tokens is None else hashlib.sha256(str(tokens).encode()).hexdigest(),
         "strengths": list(STRENGTHS),
         "experts": "int4" if int4 else "int8",
     }

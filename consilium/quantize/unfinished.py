@@ -86,7 +86,8 @@ class Progress:
         try:
             if any(_sha256(self._folder / shard["file"]) != shard["sha256"] for shard in finished):
                 return
-            self.hidden = load_file(self._hidden(len(finished)))["hidden"] if finished else None
+            if finished and self._settings["tokens"] is not None:
+                self.hidden = load_file(self._hidden(len(finished)))["hidden"]
         except (OSError, SafetensorError):
             return
         self._finished = finished

@@ -11,12 +11,26 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
-from consilium.errors import ConfigError
+from consilium.errors import CheckpointError, ConfigError
 from consilium.prune.choose import choose_kept, match, merge, nearest_kept
 from consilium.prune.write import Pruning, prune
 from gateway.evaluation import REFERENCE, Evaluated
 from gateway.prune import main
-from tests.tiny_models import save_mixtral, save_qwen3_moe
+from tests.tiny_models import (
+    save_deepseek,
+    save_deepseek_v2,
+    save_deepseek_v3,
+    save_ernie4_5_moe,
+    save_glm4_moe,
+    save_gpt_oss,
+    save_granitemoe,
+    save_minimax_m2,
+    save_mixtral,
+    save_olmoe,
+    save_phimoe,
+    save_qwen2_moe,
+    save_qwen3_moe,
+)
 
 TOKENS = [5, 9, 200, 31, 7, 77, 140, 12]
 
@@ -51,7 +65,19 @@ def test_merging_an_expert_with_a_shuffled_copy_changes_nothing() -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("save", [save_mixtral, save_qwen3_moe])
+PRUNED: tuple[Callable[..., Path], ...] = (
+    save_mixtral,
+    save_qwen3_moe,
+    save_olmoe,
+    save_qwen2_moe,
+    save_deepseek,
+    save_deepseek_v2,
+    save_gpt_oss,
+)
+PRUNED += (save_granitemoe, save_phimoe, save_ernie4_5_moe, save_glm4_moe, save_minimax_m2)
+
+
+@pytest.mark.parametrize("save", PRUNED)
 def test_experts_that_stay_are_the_same_under_new_numbers(save: Callable[[Path], Path], tmp_path: Path) -> None:
     model = save(tmp_path / "model")
     checkpoint = Checkpoint(model)
@@ -71,6 +97,16 @@ def test_experts_that_stay_are_the_same_under_new_numbers(save: Callable[[Path],
         logits = Evaluated(pruned, REFERENCE, "float32").logits(TOKENS)
     assert logits.isfinite().all()
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_what_cannot_be_pruned_is_refused_with_the_reason(tmp_path: Path) -> None:
+    grouped = Checkpoint(save_deepseek_v3(tmp_path / "deepseek_v3"))
+    with pytest.raises(CheckpointError, match="from this deepseek_v3 model: its gate chooses among 4 groups of"):
+        prune(grouped, tmp_path / "out", Pruning({}, 1))
+    biased = Checkpoint(save_gpt_oss(tmp_path / "gpt_oss"))
+    with pytest.raises(CheckpointError, match="--merge does not know the biases of gpt_oss experts; leave it out"):
+        prune(biased, tmp_path / "out", Pruning({}, 1, merge=True))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--merge"]])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from consilium.arithmetics import find_arithmetic
-from consilium.checkpoint import Checkpoint
+from consilium.checkpoint import Checkpoint, ExpertTensors
 from consilium.cli import main
+from consilium.config import Quantization
 from consilium.content_hash import content_hash
 from consilium.errors import CheckpointError, ConfigError
 from consilium.int4 import Int4Rows
@@ -22,8 +25,25 @@ from consilium.quantization import Quantized
 from consilium.quantize import unfinished
 from consilium.quantize.run import quantize
 from consilium.quantize.text import FEWEST_TOKENS, MOST_TOKENS, calibration_text, encode_text
-from gateway.evaluation import evaluate, find_modes
-from tests.tiny_models import save_mixtral, save_olmoe, save_qwen3_moe
+from gateway.evaluation import Evaluated, evaluate, find_modes
+from tests.tiny_models import (
+    save_deepseek,
+    save_deepseek_v2,
+    save_deepseek_v3,
+    save_ernie4_5_moe,
+    save_glm4_moe,
+    save_gpt_oss,
+    save_granitemoe,
+    save_minimax_m2,
+    save_mixtral,
+    save_olmoe,
+    save_phimoe,
+    save_qwen2_moe,
+    save_qwen3_moe,
+)
+
+TOKENS = [5, 9, 200, 31, 7, 77, 140, 12]
+INTEGERS: tuple[Quantization, ...] = ("int8", "int4")
 
 
 @pytest.fixture
@@ -257,9 +277,38 @@ def test_experts_on_disk_have_their_hashes_beside_them(model: Path, tmp_path: Pa
     assert Checkpoint(model).stored_hash(1, 0) is None
 
 
-def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
-    model = save_olmoe(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="consilium quantize does not know olmoe models, only mixtral and qwen3"):
+OTHERS: tuple[Callable[..., Path], ...] = (
+    save_olmoe,
+    save_qwen2_moe,
+    save_deepseek,
+    save_deepseek_v2,
+    save_deepseek_v3,
+)
+OTHERS += (save_phimoe, save_ernie4_5_moe, save_glm4_moe, save_minimax_m2)
+
+
+@pytest.mark.parametrize("save", OTHERS)
+def test_other_families_are_rounded_without_smoothing(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    """What is written computes what the float checkpoint does, to the last bit."""
+    model = save(tmp_path / "model")
+    before = Checkpoint(model)
+    for quantization in INTEGERS if save in (save_olmoe, save_deepseek_v3) else INTEGERS[:1]:
+        quantize(model, tmp_path / quantization, int4=quantization == "int4")
+        after = Checkpoint(tmp_path / quantization)
+        arithmetic = find_arithmetic(quantization, "float32", before.config.hidden_size, before.config.expert_size)
+        layer = before.config.expert_layers()[-1]
+        hashes = [arithmetic.prepare(each.expert(layer, 1)).content_hash() for each in (before, after)]
+        assert hashes[0] == hashes[1] == after.stored_hash(layer, 1, int4=quantization == "int4")
+        assert not any(isinstance(matrix, Tensor) for matrix in after.expert(layer, 1).matrices)
+        mode = find_modes([quantization])[0]
+        with torch.inference_mode():
+            assert torch.equal(*(Evaluated(each, mode, "float32").logits(TOKENS) for each in (before, after)))
+
+
+@pytest.mark.parametrize("save", [save_gpt_oss, save_granitemoe])
+def test_families_without_separate_experts_are_refused_by_name(save: Callable[[Path], Path], tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"cannot write (gpt_oss|granitemoe) models: the experts of a layer are"):
         quantize(model, tmp_path / "int8")
     assert not (tmp_path / "int8").exists()
 
@@ -277,7 +326,7 @@ def test_experts_in_int4(tmp_path: Path) -> None:
             prepared = int4.prepare(found)
             assert after.stored_hash(layer, expert, int4=True) == prepared.content_hash()
             assert after.stored_hash(layer, expert) is None, "int8 experts of this model are others"
-            floats = int8.prepare(found._replace(**dict(zip(("gate", "up", "down"), found.floats(), strict=True))))
+            floats = int8.prepare(ExpertTensors(*found.floats()))
             assert int8.prepare(found).content_hash() == floats.content_hash()
     assert all(isinstance(matrix, Quantized) for matrix in after.dense(1).matrices)
     assert isinstance(after.matrix("lm_head.weight", (384, 64)), Quantized)
