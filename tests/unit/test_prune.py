@@ -73,8 +73,12 @@ PRUNED: tuple[Callable[..., Path], ...] = (
     save_deepseek,
     save_deepseek_v2,
     save_gpt_oss,
+    save_granitemoe,
+    save_phimoe,
+    save_ernie4_5_moe,
+    save_glm4_moe,
+    save_minimax_m2,
 )
-PRUNED += (save_granitemoe, save_phimoe, save_ernie4_5_moe, save_glm4_moe, save_minimax_m2)
 
 
 @pytest.mark.parametrize("save", PRUNED)

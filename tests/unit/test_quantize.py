@@ -283,8 +283,11 @@ OTHERS: tuple[Callable[..., Path], ...] = (
     save_deepseek,
     save_deepseek_v2,
     save_deepseek_v3,
+    save_phimoe,
+    save_ernie4_5_moe,
+    save_glm4_moe,
+    save_minimax_m2,
 )
-OTHERS += (save_phimoe, save_ernie4_5_moe, save_glm4_moe, save_minimax_m2)
 
 
 @pytest.mark.parametrize("save", OTHERS)
