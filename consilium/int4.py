@@ -58,7 +58,8 @@ def round_int4(weight: Tensor, group: int = INT4_GROUP) -> Int4Rows:
         raise CheckpointError(f"rows of {columns} weights are no multiple of {WORD}, as int4 needs it; use int8")
     packed = torch.empty(rows, columns // WORD, dtype=torch.int32)
     scales = torch.empty(rows, count_groups(columns, group))
-    rounding.round_rows(weight.float().contiguous().numpy(), group, packed.numpy(), scales.numpy())
+    floats = weight.float().contiguous()
+    rounding.round_rows(floats.data_ptr(), rows, columns, group, packed.numpy(), scales.numpy())
     return Int4Rows(packed, scales, group)
 
 

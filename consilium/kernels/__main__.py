@@ -56,7 +56,7 @@ def compile_all() -> None:
                 experts.compute(kind, grouping, form, at, at, 0, 0, at, at, at, _SIZE, _SIZE, at, at)
         grouped.multiply_shared(kind, at, at, 1, at, at, _SIZE, _SIZE, int4_tile.WORD, at, alone(1))
     packed, scale = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
-    rounding.round_rows(np.zeros((1, int4_tile.WORD), np.float32), int4_tile.WORD, packed, scale)
+    rounding.round_rows(at, 1, int4_tile.WORD, int4_tile.WORD, packed, scale)
     rounding.interleave(packed, np.zeros((1, 1, int4_tile.CHANNELS), np.int32))
     linear.quantize(at, 1, _SIZE, at, at)
     linear.rescale_rows(at, at, 1, at, _SIZE, at)
