@@ -21,7 +21,6 @@ from consilium.experts import Arithmetic, ExpertWeights
 from consilium.formats.scheme import INT4_GROUP
 from consilium.int4 import Int4
 from consilium.int4_experts import Int4Arithmetic
-from consilium.matrix import Prepared
 from consilium.model_config import ModelConfig
 from consilium.rpc import channel_options, from_rpc_error, router_channel_options
 from consilium.tokens import Metadata

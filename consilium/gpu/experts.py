@@ -20,6 +20,7 @@ from consilium.gpu.jit import EXACT, INTERPRETED, power_of_two, tiles_of
 from consilium.gpu.quantize import quantize_rows
 from consilium.gpu.sort import Groups
 from consilium.gpu.tiling import Blocks, Tiling
+from consilium.int4 import Int4
 from consilium.model_config import ClampedSwiGLU
 from consilium.quantization import Quantized
 
@@ -42,6 +43,8 @@ class ExpertForm:
 
 def form_of(weights: ExpertWeights, rows: torch.dtype, replies: torch.dtype) -> ExpertForm:
     """The form of experts like this one."""
+    if isinstance(weights.gate, Int4):
+        raise TypeError("there is no int4 on devices")
     gate = weights.gate.values if isinstance(weights.gate, Quantized) else weights.gate
     size, hidden = gate.shape
     return ExpertForm(hidden, size, rows, gate.dtype, replies, weights.biases is not None, weights.activation)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from consilium import parallel
-from consilium.errors import CheckpointError, ConsiliumError
+from consilium.config import Config, WorkerConfig
+from consilium.errors import CheckpointError, ConfigError, ConsiliumError
 from consilium.experts import compute_expert
 from consilium.int4 import Int4, Int4Rows, interleave, round_int4
 from consilium.int4_experts import GroupedProduct, Int4Arithmetic, prepare_int4
@@ -17,6 +18,8 @@ from consilium.kernels.int8_tile import PORTABLE, Kind
 from consilium.kernels.rounding import STEPS
 from consilium.quantization import Quantized, quantize_rows, quantize_weight
 from consilium.silu import exp
+from expert_service.device import find_device
+from tests.unit.model_configs import tiny_config
 from tests.unit.test_experts import HIDDEN, SIZE, expert
 
 KINDS = int8_tile.candidates()
@@ -140,3 +143,13 @@ def test_the_order_of_a_word() -> None:
     assert found.values[0, 0, 0].item() == 0x73625140
     assert found.values[0, 0, 1:].eq(0).all()
     assert found.scales[0, 0].tolist() == [1.0] + [0.0] * 15
+
+
+def test_a_gpu_is_not_asked_for_int4(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    config = Config(quantization="int4", worker=WorkerConfig(device="cuda"))
+    with pytest.raises(ConfigError, match="GPUs do not compute int4 yet; choose --device cpu, or --quantization int8"):
+        find_device(config, tiny_config())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = Config(quantization="int4", worker=WorkerConfig(device="auto"))
+    assert find_device(config, tiny_config()).name == "cpu"
+    assert "computing on the CPU although there is a GPU" in caplog.text
