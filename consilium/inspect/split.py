@@ -98,5 +98,5 @@ def _too_small(need: Need, machines: Sequence[int]) -> str:
     return (
         f"--machines: they have room for {max(rooms)} of {need.experts} experts of every layer; "
         f"{missing * need.expert / (1 - RESERVE) / 2**30:.1f} GiB more are needed, or fewer bytes for each expert "
-        "(--quantization int8)"
+        "(--quantization int8 or int4)"
     )
