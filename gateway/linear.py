@@ -70,7 +70,7 @@ class LinearMaker:
         return Int8Linear(quantize_matrices(matrices), bias, self._product)
 
 
-def quantize_matrices(matrices: Sequence[Tensor | Quantized]) -> Quantized:
+def quantize_matrices(matrices: Sequence[Stored]) -> Quantized:
     """The outputs of several matrices [N, K] in int8, one after the other."""
     quantized = [each if isinstance(each, Quantized) else quantize_weight(to_floats(each)) for each in matrices]
     values, scales = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*quantized, strict=True))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from consilium.gpu.linear import linear
+from consilium.matrix import Stored
 from consilium.quantization import Quantized
 from gateway.linear import quantize_matrices
 
@@ -15,7 +16,7 @@ from gateway.linear import quantize_matrices
 class DeviceLinear:
     """One matrix [N, K], with a bias [N] or without."""
 
-    def __init__(self, matrices: Sequence[Tensor | Quantized], biases: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, matrices: Sequence[Stored], biases: Sequence[Tensor], device: torch.device) -> None:
         """For the outputs of several matrices, one after the other."""
         self._weight = Quantized(*(each.to(device) for each in quantize_matrices(matrices)))
         self._bias = torch.cat([each.float() for each in biases]).to(device) if biases else None

@@ -24,7 +24,7 @@ from gateway.gpu.pages import PAGE, PagePool
 from gateway.gpu.tiling import Tiling
 from gateway.kv_cache import Pool
 from gateway.messages import Generate, SamplingParams
-from tests.local_workers import Int8Rows
+from tests.local_workers import IntegerRows
 from tests.tiny_models import save_mixtral, save_olmoe, save_qwen3_moe
 from tests.unit.served_engine import Served, Story, assert_same_story, greedy, prompt
 
@@ -47,8 +47,8 @@ def tiny(family: str) -> Checkpoint:
 
 
 @cache
-def int8_rows(family: str) -> Int8Rows:
-    return Int8Rows(tiny(family))
+def int8_rows(family: str) -> IntegerRows:
+    return IntegerRows(tiny(family))
 
 
 @cache
