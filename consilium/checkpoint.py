@@ -154,6 +154,15 @@ class Checkpoint:
         noted = metadata.get(hash_key(layer, expert, int4=int4), "")
         return bytes.fromhex(noted) if re.fullmatch(f"[0-9a-f]{{{2 * HASH_BYTES}}}", noted) else None
 
+    def locate(self, tensor: Tensor) -> tuple[Path, int] | None:
+        """The file that a tensor read here is a view of, and its first byte there; None for one in memory."""
+        return self._source.locate(tensor) if isinstance(self._source, TensorFiles) else None
+
+    def release(self) -> None:
+        """Unmap files until they are read again: pages that were read count as this process's memory."""
+        if isinstance(self._source, TensorFiles):
+            self._source.release()
+
     def dense(self, layer: int) -> ExpertTensors:
         """The FFN of a layer that does not route. Raises CheckpointError when the family has none."""
         if self.names.dense is None or self.config.moe_layers[layer]:

@@ -165,6 +165,11 @@ class WorkerConfig(Section):
         ge=1,
         description="for experts that a router gives it; by default what the model's take, or what the GPU has free",
     )
+    memory_limit: Size | None = Field(
+        None,
+        ge=1,
+        description="for the whole process: the experts that do not fit stay on disk, those asked for least first",
+    )
     speed: float | None = Field(
         None, gt=0, description="for a router, against that of other workers: say it of all; measured by default"
     )

@@ -90,6 +90,15 @@ class Cancelled(ExpertUnavailable):
     grpc_code = "CANCELLED"
 
 
+class UnreadableWeights(ConsiliumError):
+    """A worker cannot read an expert that it holds on its disk (any more); another one may."""
+
+    grpc_code = "ABORTED"
+    http_status = 503
+    kind = "unavailable_error"
+    retryable = True
+
+
 class StalePlacement(ConsiliumError):
     """A worker was asked for an expert, or a weight version, that it does not hold (any more)."""
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from consilium.errors import CheckpointError
 from consilium.model_folder import read_json
+from consilium.tensor_header import read_header
 from consilium.tensor_index import INDEX_FILE, SINGLE_FILE, check_index
 from consilium.tensor_source import TensorSlice
 
@@ -25,6 +27,7 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open_files: dict[str, Any] = {}
+        self._mapped: dict[str, range] = {}  # addresses of open files, as far as `locate` has asked for them
         self._file_of = self._read_index()
 
     def __contains__(self, name: object) -> bool:
@@ -53,6 +56,29 @@ class TensorFiles:
     def place(self, name: str) -> str:
         """The file and the tensor."""
         return f"{self._folder / self._file_of[name]}: tensor {name}"
+
+    def locate(self, tensor: Tensor) -> tuple[Path, int] | None:
+        """The file that ``tensor``, which was found here, is a view of, and its first byte there; None for a copy."""
+        for file in self._open_files:
+            mapped = self._addresses(file)
+            if tensor.data_ptr() in mapped:
+                return self._folder / file, tensor.data_ptr() - mapped.start
+        return None
+
+    def release(self) -> None:
+        """Unmap what no tensor is a view of any more; files are opened again when they are read again."""
+        self._open_files.clear()
+        self._mapped.clear()
+
+    def _addresses(self, file: str) -> range:
+        """Where an open file is mapped."""
+        if file not in self._mapped:
+            first = next((each for each in read_header(self._folder / file) if each.nbytes), None)
+            if first is None:
+                return range(0)
+            start = self._open(file).get_tensor(first.name).data_ptr() - first.begin
+            self._mapped[file] = range(start, start + (self._folder / file).stat().st_size)
+        return self._mapped[file]
 
     def _open(self, file: str) -> Any:
         """The mapped ``file``, opened at first use: a folder may lack the shards nobody here reads."""

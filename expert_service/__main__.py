@@ -24,6 +24,7 @@ FLAGS = {
     "join": ("router.endpoint", "grpc://HOST:PORT of a router, which says what to hold"),
     "token-file": ("tokens.worker_file", "the secret that workers show router and peers"),
     "memory": ("worker.memory", "for experts that the router gives it, for example 8GiB"),
+    "memory-limit": ("worker.memory_limit", "memory of the process; experts that do not fit stay on disk"),
     "speed": ("worker.speed", "against that of other workers, for the router; measured by default"),
     "node": ("worker.node", "name of this host: the router puts no two copies of an expert on one"),
     "advertise": ("worker.advertise", "HOST:PORT where gateways reach this worker; where it listens by default"),

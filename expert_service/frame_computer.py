@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,6 +22,7 @@ from consilium.units import format_size
 from expert_service.call_queue import Job, Outcome
 from expert_service.calls import LONGEST_US, Call, Computed
 from expert_service.coalesce import merge
+from expert_service.expert_memory import AllInMemory, ExpertMemory, Held
 from expert_service.store import ExpertStore
 
 End = Callable[[], None]
@@ -48,7 +50,7 @@ class _Task:
 
     place: int  # among the jobs
     frame: Frame
-    experts: list[ExpertWeights]
+    experts: list[Held]
     rows: Tensor
 
 
@@ -72,9 +74,16 @@ class FrameComputer:
     """Decodes calls, and computes them in batches of at most ``max_batch`` pairs."""
 
     def __init__(
-        self, store: ExpertStore, arithmetic: Arithmetic, hidden_size: int, max_batch: int, max_frame: int
+        self,
+        store: ExpertStore,
+        arithmetic: Arithmetic,
+        hidden_size: int,
+        max_batch: int,
+        max_frame: int,
+        memory: ExpertMemory | None = None,
     ) -> None:
-        self._store, self._arithmetic = store, arithmetic
+        """``memory`` is where the store's experts are while they are used: without a limit by default."""
+        self._store, self._arithmetic, self._memory = store, arithmetic, memory or AllInMemory()
         self.form = RowFormat(hidden_size, arithmetic.row_dtype, arithmetic.reply_dtype)
         self.max_batch, self._max_frame = max_batch, max_frame
         self.depth = 2 if isinstance(arithmetic, Overlapping) else 1  # begins before the first one is finished
@@ -156,15 +165,26 @@ class FrameComputer:
 
         begun.ends.append(distribute)
 
-    def _compute_batch(self, frame: Frame, experts: list[ExpertWeights], out: Tensor, start: int) -> End:
+    def _compute_batch(self, frame: Frame, experts: list[Held], out: Tensor, start: int) -> End:
         """The output rows of the pairs from ``start`` on are in ``out`` once what is returned was called."""
         end = start + len(out)
-        offsets = [min(max(offset, start), end) - start for offset in frame.offsets]
-        given = experts, offsets, frame.rows, frame.scales, out, frame.indices[start:end]
-        if isinstance(self._arithmetic, Overlapping):
-            return self._arithmetic.begin(*given)
-        self._arithmetic.compute(*given)
-        return _nothing
+        bounds = [min(max(offset, start), end) - start for offset in frame.offsets]
+        chosen = [place for place, (first, last) in enumerate(pairwise(bounds)) if first < last]
+        offsets, indices = [*(bounds[place] for place in chosen), len(out)], frame.indices[start:end]
+        ends: list[End] = []
+
+        def work(place: int, weights: list[ExpertWeights]) -> None:
+            own = offsets[place : place + len(weights) + 1]
+            first, last = own[0], own[-1]
+            rows = frame.rows, frame.scales, out[first:last], indices[first:last]
+            given = weights, [offset - first for offset in own], *rows
+            if isinstance(self._arithmetic, Overlapping):
+                ends.append(self._arithmetic.begin(*given))  # all weights are in memory: this is called once
+            else:
+                self._arithmetic.compute(*given)
+
+        self._memory.use([experts[place] for place in chosen], work)
+        return ends[0] if ends else _nothing
 
 
 def _nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
-from expert_service.sources import WeightSource
+from expert_service.sources import HeldSource
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
 from protos.router.v1 import router_pb2
@@ -16,7 +16,7 @@ Expert = tuple[int, int]  # layer, expert
 class Holdings:
     """A store that is filled from one source. Experts are loaded on one thread at a time."""
 
-    def __init__(self, source: WeightSource, store: ExpertStore, description: expert_pb2.DescribeResponse) -> None:
+    def __init__(self, source: HeldSource, store: ExpertStore, description: expert_pb2.DescribeResponse) -> None:
         """``description`` is what Describe answers; :meth:`describe` keeps it true."""
         self._source, self._store, self._description = source, store, description
         self.version = 0  # rises with every change

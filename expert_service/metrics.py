@@ -22,6 +22,7 @@ from consilium.errors import ConfigError, ConsiliumError
 from expert_service.call_queue import Job, Outcome
 from expert_service.device import WorkerDevice
 from expert_service.executor import Executor
+from expert_service.expert_memory import ExpertMemory, LimitedMemory
 from expert_service.store import ExpertStore
 from protos.expert.v1 import expert_pb2
 
@@ -48,6 +49,7 @@ class ServiceMetrics:
         description: expert_pb2.DescribeResponse,
         executor: Executor,
         store: ExpertStore,
+        memory: ExpertMemory,
         device: WorkerDevice | None = None,
     ) -> None:
         """Has ``executor`` tell it of every call that it took; ``device`` is told of where it is a GPU."""
@@ -56,6 +58,7 @@ class ServiceMetrics:
         self._max_batch = description.max_batch
         ProcessCollector(registry=self.registry)
         self.registry.register(_ExecutorCollector(executor, self._labels))
+        self.registry.register(_MemoryCollector(memory, self._labels))
         self._calls = Counter(
             _PREFIX + "calls", "Calls by what became of them", (*_LABELS, "outcome"), registry=self.registry
         )
@@ -119,7 +122,7 @@ class ServiceMetrics:
         always.labels(*self._labels, *info.values()).set(1)
         experts = self._gauge("experts", "(layer, expert) pairs held")
         experts.set_function(lambda: sum(len(each) for each in list(store.hashes.values())))
-        self._gauge("weights_bytes", "Memory of their weights").set_function(lambda: store.nbytes)
+        self._gauge("weights_bytes", "Bytes of their weights, in memory or on disk").set_function(lambda: store.nbytes)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(_PREFIX + name, text, _LABELS, registry=self.registry).labels(*self._labels)
@@ -168,6 +171,37 @@ class _DeviceCollector(Collector):
                 found = GaugeMetricFamily(f"{_PREFIX}device_memory_{kind}_bytes", text, labels=_LABELS)
                 found.add_metric(self._labels, size)
                 yield found
+
+
+class _MemoryCollector(Collector):
+    """Reads the memory of experts at every scrape."""
+
+    def __init__(self, memory: ExpertMemory, labels: tuple[str, str]) -> None:
+        self._memory, self._labels = memory, labels
+
+    def collect(self) -> Iterator[Metric]:
+        traffic = self._memory.traffic
+        for name, text, value in (
+            ("memory_hits", "Experts that a call found in memory", traffic.hits),
+            ("memory_misses", "Experts that had to be read for a call", traffic.misses),
+            ("memory_reads", "Experts read from disk", traffic.reads),
+            ("memory_read_bytes", "Bytes of them", traffic.read_bytes),
+            ("memory_failed_reads", "Experts that could not be read; their calls failed", traffic.failed_reads),
+            ("memory_evictions", "Experts that made way for others", traffic.evictions),
+        ):
+            counter = CounterMetricFamily(_PREFIX + name, text, labels=_LABELS)
+            counter.add_metric(self._labels, value)
+            yield counter
+        if not isinstance(self._memory, LimitedMemory):
+            return
+        for name, text, value in (
+            ("memory_experts", "Experts in memory", self._memory.resident),
+            ("memory_bytes", "Memory of their matrices", self._memory.resident * self._memory.room),
+            ("memory_limit_bytes", "The most that this may be", self._memory.slots * self._memory.room),
+        ):
+            gauge = GaugeMetricFamily(_PREFIX + name, text, labels=_LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
 
 
 def _outcome_of(error: BaseException) -> str:

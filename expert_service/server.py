@@ -32,16 +32,26 @@ from consilium.tokens import WORKER, metadata_of
 from consilium.wire import WIRE_DTYPES
 from expert_service.device import WorkerDevice, find_device
 from expert_service.executor import Executor
+from expert_service.expert_memory import AllInMemory, ExpertMemory
 from expert_service.frame_computer import FrameComputer
 from expert_service.holdings import Holdings, describe_store
 from expert_service.joining import complete
+from expert_service.limits import check_limit, limited_memory
 from expert_service.local_link import LocalLink
 from expert_service.local_listener import LocalListener
 from expert_service.metrics import ServiceMetrics
 from expert_service.registration import Registration
 from expert_service.selection import select_experts, select_layers
 from expert_service.servicer import SERVICE, BareForward, ExpertServicer
-from expert_service.sources import LocalWeights, PeerWeights, PlacedWeights, WeightSource, blank_weights
+from expert_service.sources import (
+    DiskWeights,
+    HeldSource,
+    LocalWeights,
+    PeerWeights,
+    PlacedWeights,
+    WeightSource,
+    blank_weights,
+)
 from expert_service.speed import measure
 from expert_service.store import ExpertStore, load_store
 from expert_service.tokens import Tokens
@@ -81,16 +91,48 @@ class Worker:
         self.device: WorkerDevice = find_device(config, self.model)
         self.arithmetic: Arithmetic = self.device.arithmetic
         self.layout = blank_weights(self.arithmetic, self.model, group)
-        self.source = PlacedWeights(self._source(checkpoint), self.device.place)
+        self.source: HeldSource = self._source(checkpoint)
         self.store: ExpertStore = load_store(self.source, layers, experts)
+        self.memory = self._memory(checkpoint)
 
-    def _source(self, checkpoint: Checkpoint | None) -> WeightSource:
+    def _source(self, checkpoint: Checkpoint | None) -> HeldSource:
+        if self.config.worker.memory_limit is not None:
+            checkpoint = check_limit(self.device, checkpoint)
+            return DiskWeights(checkpoint, self.arithmetic, self.layout)
+        return PlacedWeights(self._weights(checkpoint), self.device.place)
+
+    def _weights(self, checkpoint: Checkpoint | None) -> WeightSource:
         if checkpoint is not None:
             return LocalWeights(checkpoint, self.arithmetic)
         assert self.router is not None
         assert self.router.endpoint is not None
         shown, version = metadata_of(self.config.tokens, WORKER), self.config.weight_version
         return PeerWeights(self.router.endpoint, shown, self.layout, version)
+
+    def _memory(self, checkpoint: Checkpoint | None) -> ExpertMemory:
+        """For experts on disk, where there is a limit."""
+        if self.config.worker.memory_limit is None or checkpoint is None:
+            return AllInMemory()
+        to_come = 0 if self.router is None else self.capacity - self.held
+        if not self.held:  # what a router gives later would be refused one by one
+            self.source.load(self.model.expert_layers()[0], 0)
+        checkpoint.release()
+        self.store.memory = limited_memory(self.config, self.model, self.arithmetic, self.layout, to_come)
+        return self.store.memory
+
+    @property
+    def held(self) -> int:
+        """How many experts of all layers."""
+        return sum(map(len, self.store.hashes.values()))
+
+    @property
+    def capacity(self) -> int:
+        """How many a router may have it hold, those that it has included; with a memory limit on disk, too."""
+        whole = len(self.model.expert_layers()) * self.model.num_experts
+        memory, device = self.config.worker.memory, self.device.memory()
+        if memory is None and device is not None:
+            memory = self.store.nbytes + max(0, device.free - int(device.total * KEPT_FREE))
+        return whole if memory is None else min(whole, max(self.held, memory // self.layout.nbytes()))
 
     def describe(self) -> expert_pb2.DescribeResponse:
         """What this worker says about itself."""
@@ -110,22 +152,14 @@ class Worker:
             weight_version=self.config.weight_version,
         )
 
-    def _capacity(self) -> int:
-        """Experts that there is memory for, what is held included; at most all of the model."""
-        held = sum(len(hashes) for hashes in self.store.hashes.values())
-        whole = len(self.model.expert_layers()) * self.model.num_experts
-        limit, device = self.config.worker.memory, self.device.memory()
-        if limit is None and device is not None:
-            limit = self.store.nbytes + max(0, device.free - int(device.total * KEPT_FREE))
-        return whole if limit is None else min(whole, max(held, limit // self.layout.nbytes()))
-
     async def serve(self) -> None:
         """Answer calls until SIGTERM or SIGINT, then drain. Raises ConfigError when a port cannot be had."""
         config = self.config.worker
-        computer = FrameComputer(self.store, self.arithmetic, self.model.hidden_size, self.max_batch, config.max_frame)
+        sizes = self.model.hidden_size, self.max_batch, config.max_frame
+        computer = FrameComputer(self.store, self.arithmetic, *sizes, self.memory)
         description = self.describe()
         executor = Executor(computer, config.max_queue, QUEUED_FRAMES * config.max_frame)
-        metrics = ServiceMetrics(description, executor, self.store, self.device)
+        metrics = ServiceMetrics(description, executor, self.store, self.memory, self.device)
         servicer = ExpertServicer(description, executor, metrics, UNREAD_FRAMES * config.max_frame, self.store)
         interceptors = [*self.tokens.interceptors(), ErrorInterceptor(), BareForward()]
         server = grpc.aio.server(interceptors=interceptors, options=server_options(config.max_frame))
@@ -175,7 +209,7 @@ class Worker:
             description=description,
             address=config.advertise or advertised(address, self.router.endpoint or ""),
             host=config.node,
-            capacity=self._capacity(),
+            capacity=self.capacity,
             row_ns=row_ns,
             read_ns=read_ns,
         )

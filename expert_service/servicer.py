@@ -14,7 +14,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from consilium.attachment import Attachment, unpack
-from consilium.errors import ExpertUnavailable, StalePlacement
+from consilium.errors import ExpertUnavailable, StalePlacement, UnreadableWeights
+from consilium.experts import ExpertWeights
 from consilium.frames import encode_result
 from expert_service.call_queue import Job, Outcome
 from expert_service.calls import Call, MessageCall
@@ -86,9 +87,10 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     ) -> AsyncIterator[expert_pb2.FetchWeightsResponse]:
         try:
             (weights,) = self._store.find(request.layer, [request.expert])
-        except StalePlacement as error:
+            found = weights if isinstance(weights, ExpertWeights) else await asyncio.to_thread(weights.copy)
+        except (StalePlacement, UnreadableWeights) as error:
             await context.abort(grpc.StatusCode[error.grpc_code], error.message)
-        parts = chunks(weights)
+        parts = chunks(found)
         while data := await asyncio.to_thread(next, parts, b""):  # they may have to be read from a disk
             yield expert_pb2.FetchWeightsResponse(data=data)
 

@@ -24,6 +24,8 @@ from consilium.int4_experts import Int4Arithmetic
 from consilium.model_config import ModelConfig
 from consilium.rpc import channel_options, from_rpc_error, router_channel_options
 from consilium.tokens import Metadata
+from expert_service.expert_memory import Held
+from expert_service.paged_expert import OpenFiles, PagedExpert
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.router.v1 import router_pb2, router_pb2_grpc
 
@@ -44,6 +46,12 @@ class WeightSource(Protocol):
         Raises CheckpointError where the files are wrong, NotReady where it may be had later.
         """
         ...
+
+
+class HeldSource(Protocol):
+    """As WeightSource, also for experts that stay on disk."""
+
+    def load(self, layer: int, expert: int) -> tuple[Held, bytes]: ...
 
 
 class PlacedWeights:
@@ -67,6 +75,24 @@ class LocalWeights:
         weights = self._arithmetic.prepare(self._checkpoint.expert(layer, expert))
         stored = self._checkpoint.stored_hash(layer, expert, int4=isinstance(weights.gate, Int4))
         return weights, stored or weights.content_hash()
+
+
+class DiskWeights:
+    """From a folder that has experts as they are computed with; the large part of each is not read."""
+
+    def __init__(self, checkpoint: Checkpoint, arithmetic: Arithmetic, layout: ExpertWeights) -> None:
+        """``layout`` has the shapes and types of an expert's tensors."""
+        self._checkpoint, self._arithmetic, self._layout = checkpoint, arithmetic, layout
+        self._files, self._last_layer = OpenFiles(), -1
+
+    def load(self, layer: int, expert: int) -> tuple[PagedExpert, bytes]:
+        """As every source. Raises ConfigError where the checkpoint has not what is computed with."""
+        if layer != self._last_layer:
+            self._checkpoint.release()
+            self._last_layer = layer
+        weights = self._arithmetic.prepare(self._checkpoint.expert(layer, expert))
+        found = PagedExpert(weights, self._layout, self._checkpoint.locate, self._files)
+        return found, self._checkpoint.stored_hash(layer, expert) or found.content_hash()
 
 
 class PeerWeights:

@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 from itertools import product
 
 from consilium.errors import StalePlacement
-from consilium.experts import ExpertWeights
-from expert_service.sources import WeightSource
+from expert_service.expert_memory import Held, LimitedMemory
+from expert_service.paged_expert import PagedExpert
+from expert_service.sources import HeldSource
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +20,14 @@ PROGRESS_SECONDS = 2.0
 class ExpertStore:
     """Weights and content hashes by layer and expert. One thread changes it while another one reads."""
 
+    memory: LimitedMemory | None = None  # is told of experts that are dropped
+
     def __init__(self, layers: Sequence[int]) -> None:
-        self._layers: dict[int, dict[int, ExpertWeights]] = {layer: {} for layer in layers}
+        self._layers: dict[int, dict[int, Held]] = {layer: {} for layer in layers}
         self.hashes: dict[int, dict[int, bytes]] = {layer: {} for layer in layers}
         self.nbytes = 0
 
-    def add(self, layer: int, expert: int, weights: ExpertWeights, content_hash: bytes | None = None) -> None:
+    def add(self, layer: int, expert: int, weights: Held, content_hash: bytes | None = None) -> None:
         """Hold one more expert; its ``content_hash`` is computed unless it is known."""
         digest = content_hash or weights.content_hash()
         self._layers.setdefault(layer, {})[expert] = weights
@@ -34,9 +37,12 @@ class ExpertStore:
     def drop(self, layer: int, expert: int) -> None:
         """Hold one expert less; what is computed with it now goes on."""
         del self.hashes[layer][expert]
-        self.nbytes -= self._layers[layer].pop(expert).nbytes()
+        weights = self._layers[layer].pop(expert)
+        self.nbytes -= weights.nbytes()
+        if self.memory is not None and isinstance(weights, PagedExpert):
+            self.memory.forget(weights)
 
-    def find(self, layer: int, experts: Sequence[int]) -> list[ExpertWeights]:
+    def find(self, layer: int, experts: Sequence[int]) -> list[Held]:
         """The weights of ``experts`` of one layer. Raises StalePlacement that names what is not held."""
         held = self._layers.get(layer)
         if held is None:
@@ -50,7 +56,7 @@ class ExpertStore:
         return found
 
 
-def load_store(source: WeightSource, layers: Sequence[int], experts: Sequence[int]) -> ExpertStore:
+def load_store(source: HeldSource, layers: Sequence[int], experts: Sequence[int]) -> ExpertStore:
     """Read and prepare ``experts`` of every one of ``layers``, logging progress.
 
     Raises CheckpointError that names the file and the tensor when one is missing, of a wrong shape, or not finite.

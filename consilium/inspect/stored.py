@@ -1,32 +1,19 @@
-"""What the headers of a folder's safetensors files say: dtype and bytes of every tensor. No weight is read."""
+"""What the headers of a folder's safetensors files say, by group of weights. No weight is read."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
 
-from consilium.errors import CheckpointError
 from consilium.families import Names
 from consilium.inspect.parts import Group
 from consilium.model_folder import ModelFolder, read_json
 from consilium.shapes.folder import ShapeFolder
+from consilium.tensor_header import StoredTensor, read_header
 from consilium.tensor_index import INDEX_FILE, SINGLE_FILE, check_index
 
-# A header of more is damage: a million tensors take about 200 MB.
-LONGEST_HEADER = 2**28
 # What is added to the name of a tensor whose parts a quantized checkpoint holds apart.
 _PARTS = r"(?:\..*|_blocks|_scales|_bias)?"
-
-
-class StoredTensor(NamedTuple):
-    """A tensor on disk."""
-
-    name: str
-    dtype: str  # as safetensors names it: F32, BF16, I8, …
-    nbytes: int
 
 
 def stored_tensors(model: ModelFolder) -> list[StoredTensor] | None:
@@ -43,26 +30,11 @@ def stored_tensors(model: ModelFolder) -> list[StoredTensor] | None:
     return [tensor for file in files for tensor in read_header(model.path / file)]
 
 
-def read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one file: eight bytes of a length, then that much JSON. Raises CheckpointError."""
-    try:
-        with file.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            if length > LONGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(content.read(length))
-        return list(_tensors(header))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; is the download complete?") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged or cut short ({error}); download it again") from None
-
-
 def stored_bytes(tensors: list[StoredTensor], names: Names, layers: int) -> dict[Group | str, dict[str, int]]:
     """Bytes by group and dtype; ``not read`` is what no layer of the model needs."""
     patterns = list(_patterns(names))
     found: dict[Group | str, dict[str, int]] = {}
-    for name, dtype, nbytes in tensors:
+    for name, dtype, nbytes, _ in tensors:
         if names.other_spelling is not None:
             family, other = names.other_spelling
             name = name.replace(other, family)
@@ -100,13 +72,6 @@ def _patterns(names: Names) -> Iterator[tuple[Group, re.Pattern[str]]]:
     yield "attention", pattern(names.q_proj.rpartition(".")[0])
     yield "embedding", pattern(names.embed)
     yield "head", pattern(names.head)
-
-
-def _tensors(header: dict[str, Any]) -> Iterator[StoredTensor]:
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield StoredTensor(name, str(entry["dtype"]), int(end) - int(start))
 
 
 def _of_shape(model: ModelFolder, folder: ShapeFolder) -> list[StoredTensor]:

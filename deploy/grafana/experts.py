@@ -169,10 +169,30 @@ EXPERTS = [
                 ],
             ),
             Panel(
-                "Memory of the weights",
-                "Of each worker.",
+                "Weights held",
+                "By each worker; with a memory limit on disk, too.",
                 [Query(f"consilium_expert_service_weights_bytes{{{GROUP}}}", "{{group}} {{instance}}")],
                 "bytes",
+            ),
+            Panel(
+                "Experts found in memory",
+                "Of those that calls asked for. Below 1 only with worker.memory_limit: the rest was read from disk.",
+                [
+                    Query(
+                        f"{total('consilium_expert_service_memory_hits_total', GROUP, 'group')}"
+                        f" / ({total('consilium_expert_service_memory_hits_total', GROUP, 'group')}"
+                        f" + {total('consilium_expert_service_memory_misses_total', GROUP, 'group')})",
+                        "{{group}}",
+                    )
+                ],
+                "percentunit",
+                maximum=1,
+            ),
+            Panel(
+                "Experts read from disk",
+                "Bytes a second, for want of memory.",
+                [Query(total("consilium_expert_service_memory_read_bytes_total", GROUP, "group"), "{{group}}")],
+                "Bps",
             ),
         ],
     ),

@@ -19,6 +19,7 @@ from consilium.quantization import quantize_rows
 from expert_service.call_queue import Job, Outcome
 from expert_service.calls import LONGEST_US, Call, Computed, MessageCall
 from expert_service.executor import Executor
+from expert_service.expert_memory import AllInMemory
 from expert_service.frame_computer import Begun, FrameComputer
 from expert_service.metrics import ServiceMetrics
 from expert_service.servicer import ExpertServicer
@@ -169,7 +170,9 @@ class Overlapped(Gate):
 def submit(executor: Executor, call: expert_pb2.Call) -> Answer:
     """As the servicer does it."""
     store = ExpertStore([])
-    return ExpertServicer(DESCRIPTION, executor, ServiceMetrics(DESCRIPTION, executor, store), 1, store).submit(call)
+    return ExpertServicer(
+        DESCRIPTION, executor, ServiceMetrics(DESCRIPTION, executor, store, AllInMemory()), 1, store
+    ).submit(call)
 
 
 def run(

@@ -23,13 +23,14 @@ from consilium.float_experts import FloatArithmetic
 from consilium.inspect.parts import count_active, count_parameters
 from consilium.inspect.served import MODES, PROCESS, Mode, served_bytes
 from consilium.inspect.split import Need, suggest_split, usable
-from consilium.inspect.stored import read_header, stored_bytes, stored_tensors
+from consilium.inspect.stored import stored_bytes, stored_tensors
 from consilium.int4_experts import GroupedProduct, Int4Arithmetic
 from consilium.int8_experts import Int8Arithmetic
 from consilium.integer_product import IntegerProduct, find_integer_product
 from consilium.memory import usable_memory
 from consilium.model_folder import read_model_folder
 from consilium.shapes.folder import parse_shape
+from consilium.tensor_header import read_header
 from consilium.weight_only import WeightOnlyArithmetic
 from consilium.wire import ROW_DTYPES
 from gateway.arithmetic import Arithmetic as GatewayArithmetic

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from consilium.errors import ExpertUnavailable, Overloaded
 from expert_service.executor import Executor
+from expert_service.expert_memory import AllInMemory
 from expert_service.frame_computer import FrameComputer
 from expert_service.metrics import ServiceMetrics
 from expert_service.servicer import ExpertServicer
@@ -30,7 +31,7 @@ def run(computer: FrameComputer, body: Callable[[Executor, ServiceMetrics, Exper
         store = ExpertStore([0, 1])
         store.hashes[1].update({3: b"x", 5: b"y"})
         store.nbytes = 1000
-        metrics = ServiceMetrics(DESCRIPTION, executor, store)
+        metrics = ServiceMetrics(DESCRIPTION, executor, store, AllInMemory())
         try:
             await asyncio.wait_for(
                 body(executor, metrics, ExpertServicer(DESCRIPTION, executor, metrics, 1, store)), 30

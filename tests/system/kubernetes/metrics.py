@@ -10,6 +10,7 @@ from typing import cast
 from prometheus_client import CollectorRegistry
 
 from expert_service.executor import Executor
+from expert_service.expert_memory import AllInMemory
 from expert_service.metrics import ServiceMetrics
 from expert_service.store import ExpertStore
 from gateway.metrics import Metrics
@@ -33,7 +34,8 @@ _IDLE_ROUTER = SimpleNamespace(
 def metric_names() -> frozenset[str]:
     """Names of series: with `_total`, `_bucket` and the like."""
     idle = cast("Executor", SimpleNamespace(busy_seconds=0.0, unfinished=0))
-    worker = ServiceMetrics(expert_pb2.DescribeResponse(model="m", group="g", max_batch=1), idle, ExpertStore([]))
+    description = expert_pb2.DescribeResponse(model="m", group="g", max_batch=1)
+    worker = ServiceMetrics(description, idle, ExpertStore([]), AllInMemory())
     router = make_registry(lambda: {"": cast("Controller", _IDLE_ROUTER)}, "m")
     return _names(Metrics("m").registry) | _names(worker.registry) | _names(router)
 
