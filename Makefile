@@ -4,12 +4,13 @@
 #   make test PYTEST="-k name" some of the tests
 #   make exact                the promise of the same bits in 10,000 random cases; CASES=100 for fewer (make test: 40)
 #   make chaos                 workers killed under load again and again; KILLS=100 is how often
+#   make bench-large           a model of 13 GB, quantized and served within a third of it; needs 20 GB of disk
 #   make test-system           with real parts (Prometheus, Docker, …); as root, says what it installs
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := up
-.PHONY: setup up test exact chaos test-system lint protos bench clean
+.PHONY: setup up test exact chaos test-system lint protos bench bench-large clean
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -56,6 +57,9 @@ protos: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-large: $(READY)
+	@$(BIN)/python -m bench.large $(ARGS)
 
 clean:
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -144,6 +144,7 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=f"one of {', '.join(sorted(SHAPES))}; with parameters if wanted: {PREFIX}olmoe-1b-7b,layers=4,seed=1",
     )
     random.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    random.add_argument("--bfloat16", action="store_true", help="floats instead, rounded, for consilium quantize")
     random.set_defaults(command=model_commands.random)
 
 

@@ -30,5 +30,5 @@ def random(options: argparse.Namespace) -> int:
     """Write a shape's weights to a folder. Raises ConfigError."""
     from consilium.shapes.write import write_shape
 
-    write_shape(parse_shape(options.shape), options.out)
+    write_shape(parse_shape(options.shape), options.out, bfloat16=options.bfloat16)
     return 0

@@ -84,5 +84,6 @@ class FloatLayer:
     def expert(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down matrices of one FFN, read now."""
         read = self._checkpoint.expert(self.layer, expert) if self.routes else self._checkpoint.dense(self.layer)
-        gate, up, down = read.floats()
-        return gate.float(), up.float(), down.float()
+        gate, up, down = (matrix.float() for matrix in read.floats())
+        self._checkpoint.release()  # or all experts that were read would be in this process's memory
+        return gate, up, down

@@ -16,6 +16,8 @@ from consilium.quantize.calibration import read_head
 from consilium.quantize.float_layer import FloatLayer
 from consilium.smoothing import Exponents, LayerExponents, Shift, fold, head_shifts, layer_shifts
 
+BLOCK_ROWS = 4096
+
 
 class Shard:
     """The tensors of one file by name, and the content hashes of the experts among them."""
@@ -31,7 +33,9 @@ class Shard:
 
     def add_matrix(self, name: str, matrix: Tensor) -> Quantized:
         """A matrix [N, K] that becomes int8 with scales [N, 1]; what it became."""
-        quantized = quantize_weight(self._fold(name, matrix))
+        # A block of rows at a time: in between, a head takes as much again in float32.
+        blocks = [quantize_weight(rows) for rows in self._fold(name, matrix).split(BLOCK_ROWS)]
+        quantized = Quantized(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
         self.tensors[name] = quantized.values
         self.tensors[scale_name(name)] = quantized.scales[:, None]
         return quantized

@@ -98,6 +98,7 @@ def _write_shards(
     def add(shard: Shard, hidden: Tensor | None) -> None:
         progress.add(shard, hidden)
         progress.hidden = hidden
+        checkpoint.release()
         advance()
 
     if progress.done == 0:

@@ -22,7 +22,8 @@ from consilium.int4 import Int4Rows
 from consilium.model_folder import read_model_folder
 from consilium.models import resolve_model
 from consilium.quantization import Quantized
-from consilium.quantize import unfinished
+from consilium.quantize import layer_tensors, unfinished
+from consilium.quantize.layer_tensors import Shard
 from consilium.quantize.run import quantize
 from consilium.quantize.text import FEWEST_TOKENS, MOST_TOKENS, calibration_text, encode_text
 from gateway.evaluation import Evaluated, evaluate, find_modes
@@ -275,6 +276,15 @@ def test_experts_on_disk_have_their_hashes_beside_them(model: Path, tmp_path: Pa
     with safe_open(tmp_path / "int8" / "model-00003-of-00005.safetensors", framework="pt") as file:
         assert {name for name in file.metadata() if name != "format"} == {f"consilium.expert.1.{e}" for e in range(4)}
     assert Checkpoint(model).stored_hash(1, 0) is None
+
+
+def test_a_long_matrix_is_rounded_as_if_it_were_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(70, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = Shard({}).add_matrix("w.weight", matrix)
+    monkeypatch.setattr(layer_tensors, "BLOCK_ROWS", 32)
+    blocks = Shard({}).add_matrix("w.weight", matrix)
+    assert torch.equal(whole.values, blocks.values)
+    assert torch.equal(whole.scales, blocks.scales)
 
 
 OTHERS: tuple[Callable[..., Path], ...] = (

@@ -212,6 +212,23 @@ def test_the_written_folder_is_the_same_model(tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "out").glob("*.json")} == {*TINY.files(), "model.safetensors.index.json"}
 
 
+def test_floats_are_the_same_weights_rounded_and_can_be_quantized(tmp_path: Path) -> None:
+    for flags, out in (([], "int8"), (["--bfloat16"], "float")):
+        assert main(["model", "random", "shape:tiny,seed=7", str(tmp_path / out), *flags]) == 0
+    born, floats = Checkpoint(tmp_path / "int8"), Checkpoint(tmp_path / "float")
+    assert (born.int8, floats.int8) == (True, False)
+    assert born.fingerprint != floats.fingerprint
+    for layer, expert in ((1, 0), (2, 7)):
+        for matrix, rounded in zip(
+            born.expert(layer, expert).matrices, floats.expert(layer, expert).floats(), strict=True
+        ):
+            assert isinstance(matrix, Quantized)
+            assert rounded.dtype == torch.bfloat16
+            assert torch.equal(rounded, (matrix.values * matrix.scales[:, None]).bfloat16())
+    assert main(["quantize", str(tmp_path / "float"), str(tmp_path / "out")]) == 0
+    assert Checkpoint(tmp_path / "out").int8
+
+
 def test_the_command_writes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["model", "random", "shape:tiny,layers=2", str(out)]) == 0
