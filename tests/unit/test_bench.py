@@ -7,8 +7,10 @@ import random
 from collections.abc import AsyncIterator, Sequence
 
 import httpx
+import numpy as np
 import pytest
 
+from bench import tiers
 from bench.client import Request, Sample, measure
 from bench.figures import Level, summarize
 from bench.serve import run_open
@@ -104,3 +106,13 @@ def test_an_open_loop_waits_for_no_answer() -> None:
     level = asyncio.run(ask())
     assert (level.concurrency, len(level.samples)) == (20, 20)
     assert all(sample.error is None for sample in level.samples)
+
+
+def test_nothing_finds_more_than_foresight_and_taking_turns_defeats_the_least_recent() -> None:
+    """Six layers of four experts, of which a token asks for two: one that most ask for, and any other."""
+    random = np.random.default_rng(0)
+    chosen = np.stack([np.zeros((6, 80), np.int64), random.integers(1, 4, (6, 80))], axis=2)
+    found = tiers.compare(chosen, 4, share=1 / 3)
+    assert found["LRU"] == 0
+    assert 0.5 < found["LRFU 32"] <= found["foresight"] < 1
+    assert tiers.compare(chosen, 4, share=1)["LRU"] == tiers.compare(chosen, 4, share=1)["LRFU 32"] == 1
