@@ -174,10 +174,12 @@ class FrameComputer:
         ends: list[End] = []
 
         def work(place: int, weights: list[ExpertWeights]) -> None:
-            own = offsets[place : place + len(weights) + 1]
-            first, last = own[0], own[-1]
-            rows = frame.rows, frame.scales, out[first:last], indices[first:last]
-            given = weights, [offset - first for offset in own], *rows
+            own, target, chosen_rows = offsets, out, indices
+            if len(weights) < len(chosen):
+                first, last = offsets[place], offsets[place + len(weights)]
+                own = [offset - first for offset in offsets[place : place + len(weights) + 1]]
+                target, chosen_rows = out[first:last], indices[first:last]
+            given = weights, own, frame.rows, frame.scales, target, chosen_rows
             if isinstance(self._arithmetic, Overlapping):
                 ends.append(self._arithmetic.begin(*given))  # all weights are in memory: this is called once
             else:
