@@ -18,8 +18,12 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-# In the order in which they run.
-SECTIONS = {"experts": "bench.gpu_experts", "worker": "bench.gpu_worker", "decode": "bench.gpu_decode"}
+SECTIONS = {
+    "experts": "bench.gpu_experts",
+    "worker": "bench.gpu_worker",
+    "hop": "bench.gpu_hop",
+    "decode": "bench.gpu_decode",
+}  # in the order in which they run
 
 
 class Section(Protocol):

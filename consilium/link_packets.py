@@ -20,18 +20,22 @@ from consilium.frames import Frame, check_order
 from consilium.shared_memory import ALIGNMENT, SharedMemory
 
 # The first byte of a packet.
-CALL, CANCEL, RESULT, ERROR = 1, 2, 3, 4
+CALL, CANCEL, RESULT, ERROR, ARENA, STEP = 1, 2, 3, 4, 5, 6
 
 # All little-endian. CALL: kind, 1 when rows of prompts are among them, layer, call id, where the block begins, U, M, P,
 # and how many ms the answer is of use (0: for ever). CANCEL: kind, call id. RESULT: kind, call id, µs in the queue, µs
-# of computing. ERROR: kind, call id, and then an expert.v1.CallError as protobuf writes it.
+# of computing. ERROR: kind, call id, and then an expert.v1.CallError as protobuf writes it. ARENA: kind, its number
+# among the arena's workers, ms that one side waits for the other, call id, the memory's handle, the shape (both as
+# consilium.gpu has them). STEP: kind, tokens, what its words begin at, call id. Both are answered like calls.
 _CALL = struct.Struct("<BBxxIQQIIII")
 _CANCEL = struct.Struct("<BxxxxxxxQ")
 _RESULT = struct.Struct("<BxxxxxxxQII")
 _ERROR = struct.Struct("<BxxxxxxxQ")
+_ARENA = struct.Struct("<BBxxIQ64s32s")
+_STEP = struct.Struct("<BxxxIiQ")
 
 # Of the packets that a worker takes.
-LENGTHS = {CALL: _CALL.size, CANCEL: _CANCEL.size}
+LENGTHS = {CALL: _CALL.size, CANCEL: _CANCEL.size, ARENA: _ARENA.size, STEP: _STEP.size}
 
 
 class RowFormat(NamedTuple):
@@ -74,6 +78,38 @@ class CallPacket(NamedTuple):
     def unpack(cls, packet: memoryview) -> CallPacket:
         _, prefill, *numbers = _CALL.unpack(packet)
         return cls(bool(prefill), *numbers)
+
+
+class ArenaPacket(NamedTuple):
+    """Asks the worker to map an arena on a device, and to be ready for its steps; the one before is let go."""
+
+    worker: int
+    milliseconds: int
+    call_id: int
+    handle: bytes
+    shape: bytes
+
+    def pack(self) -> bytes:
+        return _ARENA.pack(ARENA, *self)
+
+    @classmethod
+    def unpack(cls, packet: memoryview) -> ArenaPacket:
+        return cls(*_ARENA.unpack(packet)[1:])
+
+
+class StepPacket(NamedTuple):
+    """Asks the worker to compute its pairs of every layer, each as soon as the gateway's flag says that it is there."""
+
+    tokens: int
+    base: int
+    call_id: int
+
+    def pack(self) -> bytes:
+        return _STEP.pack(STEP, *self)
+
+    @classmethod
+    def unpack(cls, packet: memoryview) -> StepPacket:
+        return cls(*_STEP.unpack(packet)[1:])
 
 
 class Block:

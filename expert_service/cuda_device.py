@@ -21,8 +21,11 @@ from consilium.model_config import ModelConfig
 from consilium.units import format_size
 from expert_service.device import DeviceMemory
 from expert_service.device_arithmetic import DeviceArithmetic
+from expert_service.device_kernels import DeviceKernels
 from expert_service.device_proof import prove
+from expert_service.layer_kernels import LayerKernels
 from expert_service.sources import blank_weights
+from expert_service.store import ExpertStore
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,10 @@ class CudaDevice:
 
     def samples(self, layout: ExpertWeights) -> tuple[Arithmetic, Sequence[ExpertWeights]]:
         return self._arithmetic(), [self.place(layout) for _ in range(1 if INTERPRETED else SAMPLES)]
+
+    def layer_kernels(self, store: ExpertStore, model: ModelConfig) -> LayerKernels | None:
+        layers, experts = model.expert_layers(), model.num_experts
+        return DeviceKernels(store, self._form, self._tilings, self._device, layers, experts)
 
     def _arithmetic(self) -> DeviceArithmetic:
         """With lanes of its own."""

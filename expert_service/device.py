@@ -15,6 +15,8 @@ from consilium.config import Config
 from consilium.errors import ConfigError
 from consilium.experts import Arithmetic, ExpertWeights
 from consilium.model_config import ModelConfig
+from expert_service.layer_kernels import LayerKernels
+from expert_service.store import ExpertStore
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ class WorkerDevice(Protocol):
     def samples(self, layout: ExpertWeights) -> tuple[Arithmetic, Sequence[ExpertWeights]]:
         """To see how fast it is: placed experts like ``layout`` to ask at once, while others use ``arithmetic``."""
 
+    def layer_kernels(self, store: ExpertStore, model: ModelConfig) -> LayerKernels | None:
+        """What whole steps need of the experts in ``store``; None where they are computed frame by frame only."""
+
 
 class Cpu:
     """Weights stay where the checkpoint has them mapped."""
@@ -68,6 +73,9 @@ class Cpu:
 
     def samples(self, layout: ExpertWeights) -> tuple[Arithmetic, Sequence[ExpertWeights]]:
         return self.arithmetic, [layout]
+
+    def layer_kernels(self, store: ExpertStore, model: ModelConfig) -> LayerKernels | None:  # noqa: ARG002
+        return None
 
 
 def find_device(config: Config, model: ModelConfig) -> WorkerDevice:

@@ -36,6 +36,7 @@ from expert_service.expert_memory import AllInMemory, ExpertMemory
 from expert_service.frame_computer import FrameComputer
 from expert_service.holdings import Holdings, describe_store
 from expert_service.joining import complete
+from expert_service.layer_kernels import LayerKernels
 from expert_service.limits import check_limit, limited_memory
 from expert_service.local_link import LocalLink
 from expert_service.local_listener import LocalListener
@@ -152,6 +153,10 @@ class Worker:
             weight_version=self.config.weight_version,
         )
 
+    def layer_kernels(self) -> LayerKernels | None:
+        """What computes whole steps on a device, where this worker can."""
+        return self.device.layer_kernels(self.store, self.model)
+
     async def serve(self) -> None:
         """Answer calls until SIGTERM or SIGINT, then drain. Raises ConfigError when a port cannot be had."""
         config = self.config.worker
@@ -172,9 +177,13 @@ class Worker:
         scraped = None if config.metrics_port is None else metrics.serve(config.host, config.metrics_port)
         listener = None  # after all that may fail: nobody but it removes its file
         if config.local_links:
-            listener = LocalListener(
-                description.worker_id, config.socket_folder, _adopter(executor, computer.form, servicer)
-            )
+            kernels = self.layer_kernels()
+            if kernels is not None:
+                from consilium.gpu.device_memory import device_uuid  # needs Triton
+
+                description.device_uuid = device_uuid(kernels.device)
+            adopt = _adopter(executor, computer.form, servicer, kernels)
+            listener = LocalListener(description.worker_id, config.socket_folder, adopt)
             description.local_sockets.extend(listener.names)
         stopping = catch_signals()
         await server.start()
@@ -228,10 +237,15 @@ def _identity(model: Checkpoint | ModelFolder | None) -> tuple[str, ModelConfig,
 
 
 def _adopter(
-    executor: Executor, form: RowFormat, servicer: ExpertServicer
+    executor: Executor, form: RowFormat, servicer: ExpertServicer, kernels: LayerKernels | None
 ) -> Callable[[socket.socket, SharedMemory], None]:
     def adopt(link: socket.socket, memory: SharedMemory) -> None:
-        executor.add_link(LocalLink(link, memory, form, servicer.take))
+        steps = None
+        if kernels is not None:
+            from expert_service.device_steps import DeviceSteps  # needs Triton
+
+            steps = DeviceSteps(kernels, servicer.admit)
+        executor.add_link(LocalLink(link, memory, form, servicer.take, steps))
 
     return adopt
 

@@ -116,11 +116,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         answer.add_done_callback(lambda done: answer.withdraw() if done.cancelled() else None)
         return answer
 
+    def admit(self) -> None:
+        """Raises ExpertUnavailable while draining."""
+        if self._draining:
+            raise ExpertUnavailable(DRAINING)
+
     def take(self, call: Call, answer: Callable[[Outcome], object]) -> Job:
         """Queue a call; any thread may. Raises as the executor does, and ExpertUnavailable while draining."""
         try:
-            if self._draining:
-                raise ExpertUnavailable(DRAINING)
+            self.admit()
             return self._executor.submit(call, answer)
         except Exception as error:
             self._metrics.refused(error)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from itertools import product
 
 from consilium.errors import StalePlacement
+from consilium.experts import ExpertWeights
 from expert_service.expert_memory import Held, LimitedMemory
 from expert_service.paged_expert import PagedExpert
 from expert_service.sources import HeldSource
@@ -26,6 +27,7 @@ class ExpertStore:
         self._layers: dict[int, dict[int, Held]] = {layer: {} for layer in layers}
         self.hashes: dict[int, dict[int, bytes]] = {layer: {} for layer in layers}
         self.nbytes = 0
+        self.changes: dict[int, int] = {}  # by layer: how often what is held has changed
 
     def add(self, layer: int, expert: int, weights: Held, content_hash: bytes | None = None) -> None:
         """Hold one more expert; its ``content_hash`` is computed unless it is known."""
@@ -33,14 +35,21 @@ class ExpertStore:
         self._layers.setdefault(layer, {})[expert] = weights
         self.hashes.setdefault(layer, {})[expert] = digest
         self.nbytes += weights.nbytes()
+        self.changes[layer] = self.changes.get(layer, 0) + 1
 
     def drop(self, layer: int, expert: int) -> None:
         """Hold one expert less; what is computed with it now goes on."""
         del self.hashes[layer][expert]
         weights = self._layers[layer].pop(expert)
         self.nbytes -= weights.nbytes()
+        self.changes[layer] = self.changes.get(layer, 0) + 1
         if self.memory is not None and isinstance(weights, PagedExpert):
             self.memory.forget(weights)
+
+    def held(self, layer: int) -> dict[int, ExpertWeights]:
+        """All of one layer that are whole in memory, by expert; a copy."""
+        held = self._layers.get(layer, {})
+        return {expert: weights for expert, weights in held.items() if isinstance(weights, ExpertWeights)}
 
     def find(self, layer: int, experts: Sequence[int]) -> list[Held]:
         """The weights of ``experts`` of one layer. Raises StalePlacement that names what is not held."""

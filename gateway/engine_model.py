@@ -5,7 +5,7 @@ Letters: T rows of the step, D hidden size, V vocabulary, S sequences that get a
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,8 +13,10 @@ from torch import Tensor
 from gateway.batch import Segment, StepRows
 from gateway.gate_policy import GatePolicy
 from gateway.mailbox import Awaited
+from gateway.placement import Placement
 from gateway.sequence import Sequence
 from gateway.stage_clock import StageClock
+from gateway.worker_connection import WorkerConnection
 
 
 class EngineModel(Protocol):
@@ -22,6 +24,10 @@ class EngineModel(Protocol):
 
     clock: StageClock
     policy: GatePolicy | None
+
+    def follow(self, placement: Placement, workers: Mapping[str, WorkerConnection]) -> None:
+        """The dispatcher asks these workers from now on; some may be reached in other ways, too."""
+        ...
 
     def batch(self, tokens: list[int], segments: list[Segment]) -> StepRows:
         """The rows of one step; ``tokens`` are those of the segments, one after the other."""

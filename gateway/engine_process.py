@@ -118,6 +118,7 @@ class EngineProcess:
                 self._engine.abort(sequence_id)
             case View():
                 self._dispatcher.follow(event.placement, event.workers, event.stated)
+                self._engine.model.follow(event.placement, event.workers)
                 if self._known_experts.differ(event.placement, event.identities):
                     log.info("other weights or another arithmetic than before: the prefix cache begins anew")
                     self._engine.scheduler.forget_prefixes()

@@ -42,6 +42,9 @@ from protos.expert.v1 import expert_pb2
 WELCOME_SECONDS = 5.0
 
 
+Times = tuple[int, int]  # µs in the worker's queue, and of computing
+
+
 @dataclass(slots=True)
 class _Pending:
     completion: Completion[Reply]
@@ -56,6 +59,7 @@ class LocalLink:
         self._socket, self._memory, self._form, self._mailbox = link, memory, form, mailbox
         self._regions = Regions(memory.size)
         self._pending: dict[int, _Pending] = {}
+        self._asked: dict[int, Completion[Times]] = {}
         self._buffer = memoryview(bytearray(PACKET))
         self.on_lost: Callable[[ConsiliumError], None] = lambda _: None
         self.on_unavailable: Callable[[ConsiliumError], None] = lambda _: None
@@ -83,11 +87,13 @@ class LocalLink:
         block.write(frame, self._form, self._memory)
         packet = CallPacket(frame.prefill, frame.layer, call_id, begin, *counts, milliseconds)
         self._pending[call_id] = _Pending(completion, time.monotonic(), block)
-        try:
-            self._socket.send(packet.pack())
-        except OSError as error:  # gone, or it hangs and does not read
-            self.lose(ExpertUnavailable(f"its local socket takes nothing: {error.strerror}"))
+        self._send(packet.pack())
         return True
+
+    def ask(self, call_id: int, packet: bytes, completion: Completion[Times]) -> None:
+        """Send what is neither a call nor a cancel; its outcome comes like a call's."""
+        self._asked[call_id] = completion
+        self._send(packet)
 
     def cancel(self, call_id: int) -> bool:
         """Whether the call is open. The worker is told that nobody wants it, and answers when it leaves its block."""
@@ -99,10 +105,16 @@ class LocalLink:
 
     def give_up(self, call_id: int) -> bool:
         """Whether the call was still open. It may hang, and still write into its regions: the link is lost."""
-        if call_id not in self._pending:
+        if call_id not in self._pending and call_id not in self._asked:
             return False
         self.lose(ExpertUnavailable("did not answer in time"))
         return True
+
+    def _send(self, packet: bytes) -> None:
+        try:
+            self._socket.send(packet)
+        except OSError as error:  # gone, or it hangs and does not read
+            self.lose(ExpertUnavailable(f"its local socket takes nothing: {error.strerror}"))
 
     def lose(self, error: ConsiliumError) -> None:
         """Close the link; every call on it fails with ``error``."""
@@ -110,8 +122,11 @@ class LocalLink:
             self._mailbox.unwatch(self._socket.fileno())
             self._socket.close()
             pending, self._pending = self._pending, {}
+            asked, self._asked = self._asked, {}
             for each in pending.values():
                 each.completion.settle(error)
+            for completion in asked.values():
+                completion.settle(error)
             self.on_lost(error)
 
     def _read(self) -> None:
@@ -142,19 +157,23 @@ class LocalLink:
             raise DecodeError
 
     def _finish(self, call_id: int, queue_us: int, compute_us: int) -> None:
-        pending = self._pending.pop(call_id, None)
-        if pending is not None:
+        asked, pending = self._asked.pop(call_id, None), self._pending.pop(call_id, None)
+        if asked is not None:
+            asked.settle((queue_us, compute_us))
+        elif pending is not None:
             block, seconds = pending.block, time.monotonic() - pending.started
             sizes = block.result - block.begin, block.end - block.result
             rows, release = partial(self._rows, block), partial(self._regions.free, block.begin)
             pending.completion.settle(Reply(rows, queue_us, compute_us, seconds, *sizes, release))
 
     def _fail(self, call_id: int, said: expert_pb2.CallError) -> None:
-        pending = self._pending.pop(call_id, None)
+        asked, pending = self._asked.pop(call_id, None), self._pending.pop(call_id, None)
         if pending is not None:
             self._regions.free(pending.block.begin)
+        completion = asked if pending is None else pending.completion
+        if completion is not None:
             error = from_call_error(said)
-            pending.completion.settle(error)
+            completion.settle(error)
             if said.code == ExpertUnavailable.grpc_code:
                 self.on_unavailable(error)
 

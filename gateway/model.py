@@ -5,6 +5,7 @@ Letters: T rows of the step, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -22,10 +23,12 @@ from gateway.latent_attention import LatentAttention
 from gateway.linear import LinearMaker
 from gateway.moe_layer import MoELayer
 from gateway.norm import LayerNorm, RMSNorm, make_norm
+from gateway.placement import Placement
 from gateway.sampler import choose
 from gateway.sequence import Sequence
 from gateway.stage_clock import StageClock
 from gateway.worker import ExpertSource
+from gateway.worker_connection import WorkerConnection
 
 
 class LayerEnd(Protocol):
@@ -116,6 +119,9 @@ class Model:
         self._blocks = [
             Block(checkpoint, layer, arithmetic, experts, self.clock, policy) for layer in range(config.num_layers)
         ]
+
+    def follow(self, placement: Placement, workers: Mapping[str, WorkerConnection]) -> None:
+        """The dispatcher alone reaches workers."""
 
     def batch(self, tokens: list[int], segments: list[Segment]) -> Batch:
         """The rows of one step; ``tokens`` are those of the segments, one after the other."""

@@ -28,7 +28,7 @@ from consilium.rpc import channel_options, from_rpc_error
 from consilium.tokens import Metadata
 from consilium.wire import TORCH_DTYPES
 from gateway.forward_stream import ForwardStream
-from gateway.local_link import LocalLink, open_link
+from gateway.local_link import LocalLink, Times, open_link
 from gateway.mailbox import Completion, Mailbox
 from gateway.worker import Reply
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
@@ -96,6 +96,7 @@ class WorkerConnection:
         self._prefill: ForwardStream | None = None
         self._suspect = asyncio.Event()
         self._link: LocalLink | None = None
+        self.on_end: Callable[[], None] = lambda: None  # told on the I/O thread when the session ends
         self._lost = self._no_link = ""  # why the last link was, and why there is none
 
     @property
@@ -140,6 +141,23 @@ class WorkerConnection:
             call = encode_call(frame, call_id, milliseconds, parts.place)
             request = parts.pack(expert_pb2.ForwardRequest(call=call))
             self._call_loop(lambda: self._start(call_id, frame.prefill, request, completion))
+        return completion
+
+    @property
+    def device_uuid(self) -> str:
+        """The GPU on which it can compute whole steps for us; empty where it cannot."""
+        description = self.description
+        return description.device_uuid if description is not None and self.local_link else ""
+
+    def ask(self, packet: Callable[[int], bytes], deadline: float) -> Completion[Times]:
+        """Send the packet that is made for a call id over the local link; it is answered when it is done."""
+        call_id = next(self._call_ids)
+        completion: Completion[Times] = Completion(deadline, lambda: self._expire(call_id))
+        link = self._link
+        if link is None or not link.open:
+            completion.settle(ExpertUnavailable(self.detail or "it has no local link"))
+        else:
+            link.ask(call_id, packet(call_id), completion)
         return completion
 
     def _expire(self, call_id: int) -> None:
@@ -266,6 +284,7 @@ class WorkerConnection:
             self._suspect.set()
 
     def _end_session(self) -> None:
+        self.on_end()
         self.description = None
         link, self._link = self._link, None
         if link is not None:

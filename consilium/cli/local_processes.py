@@ -42,6 +42,7 @@ class LocalProcesses:
     cache: Child | None = None
     router: Child | None = None
     closing: threading.Event = field(default_factory=threading.Event)
+    environ: dict[str, str] = field(default_factory=dict)  # for all of them
     not_ready: str = "the processes are starting"
 
     def start_worker(self, name: str, command: Sequence[str], threads: int) -> None:
@@ -91,7 +92,7 @@ class LocalProcesses:
         def show(line: str) -> None:
             self.console.print(Text.assemble((f"{name:<9}│ ", colour), line), soft_wrap=True)
 
-        environ = thread_environment(threads)
+        environ = thread_environment(threads) | self.environ
         if name == "gateway" and self.config.cache is not None and self.config.cache.redis is not None:
             # Not on the command line, which everyone on the machine can read: the URL may hold a password.
             environ["CONSILIUM_CACHE__REDIS"] = self.config.cache.redis.get_secret_value()

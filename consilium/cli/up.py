@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from consilium import mps
 from consilium.cli.first_request import Answer, Gateway, how_to_ask
 from consilium.cli.local_processes import LocalProcesses, StoppedAtStart
 from consilium.config import Config, load_config
@@ -56,8 +57,10 @@ def _up(options: argparse.Namespace, cache: EmbeddedCache | None) -> int:
     shared = ["--model", config.model, "--quantization", config.quantization, "--dtype", config.dtype]
     if options.config:
         shared += ["--config", options.config]
-    stack = LocalProcesses(config, shared, cores, time.monotonic() + options.start_timeout)
-    with _signals(stack.events):
+    with ExitStack() as around:
+        stack = LocalProcesses(config, shared, cores, time.monotonic() + options.start_timeout)
+        around.enter_context(_signals(stack.events))
+        stack.environ = around.enter_context(mps.shared(config.worker.device, stack.console.print))
         try:
             if cache is not None:
                 stack.start_cache(cache.command())

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from consilium import mps
 from consilium.config import has_integer_rows, split_endpoint
 from consilium.errors import ConsiliumError
 from consilium.model_folder import ModelFolder
 from consilium.tokens import Metadata
 from consilium.wire import TORCH_DTYPES
+from gateway.doctor.devices import explain_devices
 from gateway.doctor.fit import Description, find_misfits, held_experts
 from gateway.doctor.probe import Probe, describe, probe
 from gateway.doctor.verdict import Split, Timing, explain
@@ -70,6 +72,8 @@ def examine(
     if findings.probes:
         timings = [each.timing for each in findings.probes.values()]
         findings.verdict = _verdict(timings, fitting, model.config.top_k if model else top_k)
+        here = {address: fitting[address] for address, each in findings.probes.items() if each.local_link}
+        findings.verdict += explain_devices(here, mps.is_serving())
     if model is not None and (missing := _missing(fitting, model)):
         findings.problems["model"] = f"no worker that fits holds {missing} of its experts; start workers that do"
     return findings

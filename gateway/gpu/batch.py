@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from consilium.gpu import arena
 from gateway.batch import Segment, StepRows
 from gateway.gpu.heads import HeadShape
 from gateway.gpu.pages import PAGE, PagedCache
 from gateway.gpu.tiling import TILE, Tiles, Tiling
 from gateway.kv_cache import blocks_for
 
-# Rows that a graph is made for: finer where more rows cost more time.
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+BUCKETS = arena.BUCKETS  # rows that a graph is made for; those of workers, too
 # Partial results of attention, rows by chunks, that there is memory for; else a program walks through all chunks.
 MOST_PARTIALS = 8192
 

@@ -5,7 +5,7 @@ Letters: T rows of the step, D hidden size, V vocabulary, S sequences that get a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from consilium.checkpoint import Checkpoint
+from consilium.errors import WireError
 from consilium.gpu.norm import new_rows, rms_norm
 from consilium.gpu.quantize import quantize_rows
 from consilium.rope import Rope
 from gateway.batch import Segment, StepRows
+from gateway.device_hops import DeviceHops, DeviceWorker
 from gateway.gate_policy import GatePolicy
+from gateway.gpu.arena_experts import ArenaExperts
 from gateway.gpu.batch import DeviceStep, StepShape, fits_a_graph, numbers_of, shape_of, to_device, view
 from gateway.gpu.choose import choose, warm_up
 from gateway.gpu.combine import combine
@@ -28,6 +31,7 @@ from gateway.gpu.linear import DeviceLinear
 from gateway.gpu.pages import PagePool
 from gateway.gpu.tiling import Tiling
 from gateway.local_experts import run_now
+from gateway.placement import Placement
 from gateway.sequence import Sequence
 from gateway.stage_clock import StageClock
 
@@ -49,9 +53,11 @@ class DeviceModel:
         tilings: tuple[Tiling, Tiling],
         device: torch.device,
         clock: StageClock | None = None,
+        hops: DeviceHops | None = None,
     ) -> None:
         """``make_pool`` is called last: keys and values take of the memory that is left.
 
+        Steps go through ``hops`` where they are open, else, and where that fails, to ``experts``.
         ``tilings`` are those of decoding steps, and of steps with prompts.
         """
         config, names = checkpoint.config, checkpoint.names
@@ -64,10 +70,18 @@ class DeviceModel:
         self._epsilon, self._heads = config.rms_norm_eps, head_shape(config)
         cos, sin = Rope(config).tables(torch.arange(config.max_position))
         self._turns = cos.contiguous().to(device), sin.contiguous().to(device)
+        self.hops = hops  # None: there is no such way
+        self._arena: ArenaExperts | None = None  # the one that is open
+        self._expert_layers = config.expert_layers()
         self._layers = [DeviceLayer(checkpoint, layer, device) for layer in range(config.num_layers)]
         self._graphs = Graphs(device)
         self._kept: dict[StepShape, tuple[Tensor, Tensor]] = {}  # of each graph: its numbers, and its residual stream
         self.pool = make_pool()
+
+    def follow(self, placement: Placement, workers: Mapping[str, DeviceWorker]) -> None:
+        """Those on this machine's GPUs may be reached without the dispatcher."""
+        if self.hops is not None:
+            self.hops.follow(placement, workers)
 
     def batch(self, tokens: list[int], segments: list[Segment]) -> StepRows:
         """The rows of one step; ``tokens`` are those of the segments, one after the other."""
@@ -75,18 +89,51 @@ class DeviceModel:
 
     async def forward(self, batch: StepRows) -> Tensor:
         """Hidden states [T, D] after the final norm. Stops early once nobody waits for any row."""
-        graph = fits_a_graph(batch)
-        shape = shape_of(batch, self._tilings[batch.prefill], self._heads, graph=graph)
-        step, x = self._upload(batch, shape, keep=graph and self._graphs.enabled)
-        if not graph:
-            hidden = await self._pass(batch, step, x, lambda _, launch: launch())
-        elif self._experts.awaits:
-            hidden = await self._pass(batch, step, x, lambda part, launch: self._graphs.run((shape, part), launch))
-        else:
-            whole = partial(self._pass, batch, step, x, lambda _, launch: launch())
-            hidden = self._graphs.run(shape, lambda: run_now(whole()))
+        arena = self._open_arena()
+        hidden = None
+        if arena is not None and arena.takes(batch):
+            hidden = await self._through(arena, batch)
+        if hidden is None:
+            hidden = await self._forward(batch, self._experts, self._graphs)
         self.clock.mark("attention")
         return hidden[: len(batch.tokens)]
+
+    async def _forward(self, batch: StepRows, experts: ExpertHalf, graphs: Graphs) -> Tensor:
+        graph = fits_a_graph(batch)
+        shape = shape_of(batch, self._tilings[batch.prefill], self._heads, graph=graph)
+        step, x = self._upload(batch, shape, keep=graph and graphs.enabled)
+        if isinstance(experts, ArenaExperts):
+            experts.hop.begin(shape.rows)
+        if not graph:
+            return await self._pass(batch, step, x, experts, lambda _, launch: launch())
+        if experts.awaits:
+            return await self._pass(batch, step, x, experts, lambda part, launch: graphs.run((shape, part), launch))
+        whole = partial(self._pass, batch, step, x, experts, lambda _, launch: launch())
+        return graphs.run(shape, lambda: run_now(whole()))
+
+    def _open_arena(self) -> ArenaExperts | None:
+        """What steps go through now."""
+        hop = None if self.hops is None else self.hops.current()
+        if hop is None:
+            self._arena = None
+        elif self._arena is None or self._arena.hop is not hop:
+            self._arena = ArenaExperts(hop, self._expert_layers, self._device)
+        return self._arena
+
+    async def _through(self, arena: ArenaExperts, batch: StepRows) -> Tensor | None:
+        """As the other way; None where the step came to nothing, or came to other bits than the other way."""
+        assert self.hops is not None
+        hidden = await self._forward(batch, arena, arena.graphs)
+        lost = arena.hop.failed(int(arena.hop.arena.broken))  # waits for the device
+        if not lost and self.hops.audits():
+            again = await self._forward(batch, self._experts, self._graphs)
+            rows = len(batch.tokens)
+            if batch.failures or torch.equal(hidden[:rows].view(torch.int32), again[:rows].view(torch.int32)):
+                return again
+            lost = {each.address: WireError("its step has other bits than its frames") for each in arena.hop.members}
+        if lost:
+            self.hops.failed(lost)
+        return None if lost else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [T, V] float32."""
@@ -123,13 +170,15 @@ class DeviceModel:
         zeros = torch.zeros(routed.ids.numel(), x.shape[1], dtype=torch.bfloat16, device=x.device)
         combine(x, zeros, routed.weights)
 
-    async def _pass(self, batch: StepRows, step: DeviceStep, x: Tensor, run: Run[Routed | Tensor | None]) -> Tensor:
+    async def _pass(
+        self, batch: StepRows, step: DeviceStep, x: Tensor, experts: ExpertHalf, run: Run[Routed | Tensor | None]
+    ) -> Tensor:
         """All layers; ``run`` launches one part after the other, between which the host has its say."""
         for layer in self._layers:
             routed = run(layer.number, partial(self._launch, layer, step, x))
             if isinstance(routed, Routed):
                 self.clock.mark("attention")
-                rows, weights = await self._experts.forward(layer.number, routed, batch)
+                rows, weights = await experts.forward(layer.number, routed, batch)
                 combine(x[: len(weights)], rows, weights)
             if not batch.live_rows():
                 break

@@ -13,7 +13,9 @@ from consilium.gpu.linear import TILES, linear
 from consilium.gpu.quantize import quantize_rows
 from consilium.quantization import Quantized
 from consilium.units import format_size
+from consilium.wire import ROW_DTYPES
 from gateway.arithmetic import dense_shapes
+from gateway.device_hops import DeviceHops
 from gateway.gpu.experts import DispatchedExperts, ExpertHalf, load_experts
 from gateway.gpu.model import DeviceModel
 from gateway.gpu.pages import PagePool
@@ -23,6 +25,7 @@ from gateway.worker import ExpertSource
 
 log = logging.getLogger(__name__)
 
+ARENA_SECONDS = 2.0  # most that a worker on a GPU is waited for within a layer
 PAGE_DTYPE = torch.bfloat16  # whatever ``dtype`` says: what matrix units multiply fast
 KV_SHARE = 0.85  # of the memory that is free once the model is there; the rest is for what a step computes
 PROVED_ROWS = [1, *(most + 1 for most in sorted(TILES)[:-1])]  # with each of the tiles
@@ -45,12 +48,20 @@ def make_device_model(
         experts: ExpertHalf = DispatchedExperts(source, clock)
         if config.gateway.local_experts:
             experts = load_experts(checkpoint, device)
-        model = DeviceModel(checkpoint, experts, make_pool, tilings, device, clock)
+        hops = None if config.gateway.local_experts else make_hops(config, checkpoint, device)
+        model = DeviceModel(checkpoint, experts, make_pool, tilings, device, clock, hops)
     except torch.OutOfMemoryError:
         raise ConfigError("gateway.device: the model does not fit the GPU's memory; choose --device cpu") from None
     if device.type == "cuda":
         model.warm_up()
     return model, model.pool
+
+
+def make_hops(config: Config, checkpoint: Checkpoint, device: torch.device) -> DeviceHops:
+    """The way to workers on this machine's GPUs."""
+    gateway, dtypes = config.gateway, (torch.int8, ROW_DTYPES[config.reply_dtype])
+    seconds = min(gateway.layer_timeout, ARENA_SECONDS)
+    return DeviceHops(checkpoint.config, gateway.max_step_tokens, dtypes, device, seconds, gateway.audit)
 
 
 def prove_products(sizes: list[int], device: torch.device) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from consilium.gpu.experts import COLUMNS, ExpertForm, compute
+from consilium.gpu.flags import meet, own_pairs
 from consilium.gpu.jit import INTERPRETED
 from consilium.gpu.quantize import quantize_rows
 from consilium.gpu.sort import sort_pairs
@@ -41,6 +42,13 @@ def launch(form: ExpertForm, tiling: Tiling) -> None:
     compute(form, tiling, table, groups, x, scales, torch.zeros(12, form.hidden_size, dtype=form.replies))
 
 
+def hand_over() -> None:
+    """The flags of a step through an arena."""
+    words, numbers = torch.zeros(64, dtype=torch.int32), torch.zeros(6, 2, dtype=torch.int32)
+    meet(words, words, tell=words, tell_at=1, words=words, count=2, wait_at=16, blame=1, spins=100)
+    own_pairs(numbers, words, torch.zeros(4, COLUMNS, dtype=torch.int64), numbers, words, worker=1, blame=2)
+
+
 def check(kernels: Sequence[Any], exact: bool) -> None:
     """Raises ValueError where one fuses what the CPU does not, loses tiny numbers, or takes too much memory."""
     for kernel in kernels:
@@ -60,6 +68,7 @@ def main() -> None:
                 for tiling in TILINGS if integers else TILINGS[:1]:
                     launch(form, tiling)
                 quantize_rows(torch.zeros(3, 5000))
+                hand_over()
             check(found, exact=integers)
             names |= {kernel.name for kernel in found}
     print(*sorted(names))

@@ -17,6 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from consilium.mps import CONTROL
+from tests.unit.test_mps import SCRIPT
+
 SECONDS = 120.0
 
 
@@ -65,7 +68,14 @@ def _wait_all_ended(watched: list[int]) -> None:
         os.close(descriptor)
 
 
-def test_up_answers_and_stops_everything_at_ctrl_c(tiny_mixtral: Path) -> None:
+def test_up_answers_and_stops_everything_at_ctrl_c(
+    tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where NVIDIA's MPS is installed (a script stands for it), its daemon runs from before the workers until after."""
+    (tmp_path / CONTROL).write_text(SCRIPT)
+    (tmp_path / CONTROL).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
     with _up("--model", str(tiny_mixtral), "--port", "0", "--workers", "2") as process:
         introduction = _read_until(process, "Ctrl-C stops everything.")
         assert "worker-0 (experts) holds 0-1; worker-1 (experts) holds 2-3" in introduction
@@ -82,6 +92,9 @@ def test_up_answers_and_stops_everything_at_ctrl_c(tiny_mixtral: Path) -> None:
         assert process.wait() == 0
         assert rest.index("shutting down") < rest.index("draining"), "the gateway goes first"
         _wait_all_ended(watched)
+        started, *ended = (tmp_path / "log").read_text().splitlines()
+        assert started.startswith("started in ")
+        assert ended == ["quit"]
 
 
 def test_nothing_survives_when_up_is_killed(tiny_mixtral: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from consilium.frames import PROTOCOL_VERSION
+from gateway.doctor.devices import explain_devices
 from gateway.doctor.fit import find_misfits
 from gateway.doctor.verdict import Split, Timing, explain, layer_time
 from protos.expert.v1 import expert_pb2
@@ -107,3 +108,16 @@ def test_a_worker_that_does_not_fit(odd: expert_pb2.DescribeResponse, reason: st
 
 def test_a_worker_of_another_model_than_the_one_named() -> None:
     assert "model fingerprint is ffff" in find_misfits({"a:1": described()}, "0" * 64)["a:1"]
+
+
+def test_workers_on_gpus_of_this_machine() -> None:
+    def on(uuid: str) -> expert_pb2.DescribeResponse:
+        return expert_pb2.DescribeResponse(device_uuid=uuid)
+
+    assert explain_devices({"a:1": on("")}, mps=False) == []
+    shared = {"a:1": on("GPU-1"), "a:2": on("GPU-1"), "a:3": on("GPU-2"), "a:4": on("")}
+    first, *others = explain_devices(shared, mps=False)
+    assert "3 workers on 2 GPUs" in first
+    assert [each.split(";")[0] for each in others] == ["a:1 and a:2 use GPU-1", "a:3 uses GPU-2"]
+    assert all("nvidia-cuda-mps-control -d" in each for each in others)
+    assert all("MPS, which is running" in each for each in explain_devices(shared, mps=True)[1:])

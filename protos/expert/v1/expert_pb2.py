@@ -25,45 +25,45 @@ _sym_db = _symbol_database.Default()
 from protos.tensor.v1 import tensor_pb2 as tensor_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65xpert/v1/expert.proto\x12\texpert.v1\x1a\x16tensor/v1/tensor.proto\"\x11\n\x0f\x44\x65scribeRequest\">\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0e\n\x06hashes\x18\x03 \x03(\x0c\"\xdb\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05group\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12#\n\trow_dtype\x18\x07 \x01(\x0e\x32\x10.tensor.v1.Dtype\x12\x16\n\x0enumerics_class\x18\x08 \x01(\t\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x11\n\tmax_batch\x18\n \x01(\r\x12\'\n\x06layers\x18\x0b \x03(\x0b\x32\x17.expert.v1.LayerExperts\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x16\n\x0eweight_version\x18\r \x01(\t\x12\x15\n\rlocal_sockets\x18\x0e \x03(\t\"\xa3\x02\n\x04\x43\x61ll\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x1f\n\x04rows\x18\x03 \x01(\x0b\x32\x11.tensor.v1.Tensor\x12!\n\x06scales\x18\x04 \x01(\x0b\x32\x11.tensor.v1.Tensor\x12\x0f\n\x07\x65xperts\x18\x05 \x03(\r\x12\x0f\n\x07offsets\x18\x06 \x03(\r\x12\"\n\x07indices\x18\x07 \x01(\x0b\x32\x11.tensor.v1.Tensor\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x16\n\x0eweight_version\x18\t \x01(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12.\n\rtraffic_class\x18\x0b \x01(\x0e\x32\x17.expert.v1.TrafficClassJ\x04\x08\x0c\x10\r\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\"\x83\x01\n\x0e\x46orwardRequest\x12\x1f\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x0f.expert.v1.CallH\x00\x12#\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x11.expert.v1.CancelH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x12\n\nattachment\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"O\n\x06Result\x12\x1f\n\x04rows\x18\x01 \x01(\x0b\x32\x11.tensor.v1.Tensor\x12\x10\n\x08queue_us\x18\x02 \x01(\r\x12\x12\n\ncompute_us\x18\x03 \x01(\r\"=\n\tCallError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\x9e\x01\n\x0f\x46orwardResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12#\n\x06result\x18\x02 \x01(\x0b\x32\x11.expert.v1.ResultH\x00\x12%\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.expert.v1.CallErrorH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x12\n\nattachment\x18\x0f \x01(\x0c\x42\t\n\x07outcome\"8\n\tLinkHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\"6\n\x0bLinkWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"4\n\x13\x46\x65tchWeightsRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"$\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"3\n\x12\x46orwardOnceRequest\x12\x1d\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x0f.expert.v1.Call\"8\n\x13\x46orwardOnceResponse\x12!\n\x06result\x18\x01 \x01(\x0b\x32\x11.expert.v1.Result*b\n\x0cTrafficClass\x12\x1d\n\x19TRAFFIC_CLASS_UNSPECIFIED\x10\x00\x12\x18\n\x14TRAFFIC_CLASS_DECODE\x10\x01\x12\x19\n\x15TRAFFIC_CLASS_PREFILL\x10\x02\x32\xbb\x02\n\rExpertService\x12\x43\n\x08\x44\x65scribe\x12\x1a.expert.v1.DescribeRequest\x1a\x1b.expert.v1.DescribeResponse\x12\x44\n\x07\x46orward\x12\x19.expert.v1.ForwardRequest\x1a\x1a.expert.v1.ForwardResponse(\x01\x30\x01\x12L\n\x0b\x46orwardOnce\x12\x1d.expert.v1.ForwardOnceRequest\x1a\x1e.expert.v1.ForwardOnceResponse\x12Q\n\x0c\x46\x65tchWeights\x12\x1e.expert.v1.FetchWeightsRequest\x1a\x1f.expert.v1.FetchWeightsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65xpert/v1/expert.proto\x12\texpert.v1\x1a\x16tensor/v1/tensor.proto\"\x11\n\x0f\x44\x65scribeRequest\">\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0e\n\x06hashes\x18\x03 \x03(\x0c\"\xf0\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05group\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12#\n\trow_dtype\x18\x07 \x01(\x0e\x32\x10.tensor.v1.Dtype\x12\x16\n\x0enumerics_class\x18\x08 \x01(\t\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x11\n\tmax_batch\x18\n \x01(\r\x12\'\n\x06layers\x18\x0b \x03(\x0b\x32\x17.expert.v1.LayerExperts\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12\x16\n\x0eweight_version\x18\r \x01(\t\x12\x15\n\rlocal_sockets\x18\x0e \x03(\t\x12\x13\n\x0b\x64\x65vice_uuid\x18\x10 \x01(\t\"\xa3\x02\n\x04\x43\x61ll\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x1f\n\x04rows\x18\x03 \x01(\x0b\x32\x11.tensor.v1.Tensor\x12!\n\x06scales\x18\x04 \x01(\x0b\x32\x11.tensor.v1.Tensor\x12\x0f\n\x07\x65xperts\x18\x05 \x03(\r\x12\x0f\n\x07offsets\x18\x06 \x03(\r\x12\"\n\x07indices\x18\x07 \x01(\x0b\x32\x11.tensor.v1.Tensor\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x16\n\x0eweight_version\x18\t \x01(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12.\n\rtraffic_class\x18\x0b \x01(\x0e\x32\x17.expert.v1.TrafficClassJ\x04\x08\x0c\x10\r\"\x19\n\x06\x43\x61ncel\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\"\x83\x01\n\x0e\x46orwardRequest\x12\x1f\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x0f.expert.v1.CallH\x00\x12#\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x11.expert.v1.CancelH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x12\n\nattachment\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"O\n\x06Result\x12\x1f\n\x04rows\x18\x01 \x01(\x0b\x32\x11.tensor.v1.Tensor\x12\x10\n\x08queue_us\x18\x02 \x01(\r\x12\x12\n\ncompute_us\x18\x03 \x01(\r\"=\n\tCallError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\x9e\x01\n\x0f\x46orwardResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12#\n\x06result\x18\x02 \x01(\x0b\x32\x11.expert.v1.ResultH\x00\x12%\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.expert.v1.CallErrorH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x12\n\nattachment\x18\x0f \x01(\x0c\x42\t\n\x07outcome\"8\n\tLinkHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\"6\n\x0bLinkWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"4\n\x13\x46\x65tchWeightsRequest\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\"$\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"3\n\x12\x46orwardOnceRequest\x12\x1d\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x0f.expert.v1.Call\"8\n\x13\x46orwardOnceResponse\x12!\n\x06result\x18\x01 \x01(\x0b\x32\x11.expert.v1.Result*b\n\x0cTrafficClass\x12\x1d\n\x19TRAFFIC_CLASS_UNSPECIFIED\x10\x00\x12\x18\n\x14TRAFFIC_CLASS_DECODE\x10\x01\x12\x19\n\x15TRAFFIC_CLASS_PREFILL\x10\x02\x32\xbb\x02\n\rExpertService\x12\x43\n\x08\x44\x65scribe\x12\x1a.expert.v1.DescribeRequest\x1a\x1b.expert.v1.DescribeResponse\x12\x44\n\x07\x46orward\x12\x19.expert.v1.ForwardRequest\x1a\x1a.expert.v1.ForwardResponse(\x01\x30\x01\x12L\n\x0b\x46orwardOnce\x12\x1d.expert.v1.ForwardOnceRequest\x1a\x1e.expert.v1.ForwardOnceResponse\x12Q\n\x0c\x46\x65tchWeights\x12\x1e.expert.v1.FetchWeightsRequest\x1a\x1f.expert.v1.FetchWeightsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.expert.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRAFFICCLASS']._serialized_start=1571
-  _globals['_TRAFFICCLASS']._serialized_end=1669
+  _globals['_TRAFFICCLASS']._serialized_start=1592
+  _globals['_TRAFFICCLASS']._serialized_end=1690
   _globals['_DESCRIBEREQUEST']._serialized_start=61
   _globals['_DESCRIBEREQUEST']._serialized_end=78
   _globals['_LAYEREXPERTS']._serialized_start=80
   _globals['_LAYEREXPERTS']._serialized_end=142
   _globals['_DESCRIBERESPONSE']._serialized_start=145
-  _globals['_DESCRIBERESPONSE']._serialized_end=492
-  _globals['_CALL']._serialized_start=495
-  _globals['_CALL']._serialized_end=786
-  _globals['_CANCEL']._serialized_start=788
-  _globals['_CANCEL']._serialized_end=813
-  _globals['_FORWARDREQUEST']._serialized_start=816
-  _globals['_FORWARDREQUEST']._serialized_end=947
-  _globals['_RESULT']._serialized_start=949
-  _globals['_RESULT']._serialized_end=1028
-  _globals['_CALLERROR']._serialized_start=1030
-  _globals['_CALLERROR']._serialized_end=1091
-  _globals['_FORWARDRESPONSE']._serialized_start=1094
-  _globals['_FORWARDRESPONSE']._serialized_end=1252
-  _globals['_LINKHELLO']._serialized_start=1254
-  _globals['_LINKHELLO']._serialized_end=1310
-  _globals['_LINKWELCOME']._serialized_start=1312
-  _globals['_LINKWELCOME']._serialized_end=1366
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=1368
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=1420
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=1422
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=1458
-  _globals['_FORWARDONCEREQUEST']._serialized_start=1460
-  _globals['_FORWARDONCEREQUEST']._serialized_end=1511
-  _globals['_FORWARDONCERESPONSE']._serialized_start=1513
-  _globals['_FORWARDONCERESPONSE']._serialized_end=1569
-  _globals['_EXPERTSERVICE']._serialized_start=1672
-  _globals['_EXPERTSERVICE']._serialized_end=1987
+  _globals['_DESCRIBERESPONSE']._serialized_end=513
+  _globals['_CALL']._serialized_start=516
+  _globals['_CALL']._serialized_end=807
+  _globals['_CANCEL']._serialized_start=809
+  _globals['_CANCEL']._serialized_end=834
+  _globals['_FORWARDREQUEST']._serialized_start=837
+  _globals['_FORWARDREQUEST']._serialized_end=968
+  _globals['_RESULT']._serialized_start=970
+  _globals['_RESULT']._serialized_end=1049
+  _globals['_CALLERROR']._serialized_start=1051
+  _globals['_CALLERROR']._serialized_end=1112
+  _globals['_FORWARDRESPONSE']._serialized_start=1115
+  _globals['_FORWARDRESPONSE']._serialized_end=1273
+  _globals['_LINKHELLO']._serialized_start=1275
+  _globals['_LINKHELLO']._serialized_end=1331
+  _globals['_LINKWELCOME']._serialized_start=1333
+  _globals['_LINKWELCOME']._serialized_end=1387
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=1389
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=1441
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=1443
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=1479
+  _globals['_FORWARDONCEREQUEST']._serialized_start=1481
+  _globals['_FORWARDONCEREQUEST']._serialized_end=1532
+  _globals['_FORWARDONCERESPONSE']._serialized_start=1534
+  _globals['_FORWARDONCERESPONSE']._serialized_end=1590
+  _globals['_EXPERTSERVICE']._serialized_start=1693
+  _globals['_EXPERTSERVICE']._serialized_end=2008
 # @@protoc_insertion_point(module_scope)

@@ -101,6 +101,7 @@ class DescribeResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     LOCAL_SOCKETS_FIELD_NUMBER: _builtins.int
+    DEVICE_UUID_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Raised when a frame of the old version would be misread."""
     worker_id: _builtins.str
@@ -122,6 +123,8 @@ class DescribeResponse(_message.Message):
     device: _builtins.str
     """"cpu" or "cuda"."""
     weight_version: _builtins.str
+    device_uuid: _builtins.str
+    """Of the GPU that it computes on, where it can compute whole steps there over a local link; empty otherwise."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerExperts]: ...
     @_builtins.property
@@ -147,10 +150,11 @@ class DescribeResponse(_message.Message):
         device: _builtins.str = ...,
         weight_version: _builtins.str = ...,
         local_sockets: _abc.Iterable[_builtins.str] | None = ...,
+        device_uuid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "group", b"group", "hidden_size", b"hidden_size", "layers", b"layers", "local_sockets", b"local_sockets", "max_batch", b"max_batch", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_class", b"numerics_class", "protocol_version", b"protocol_version", "quantization", b"quantization", "row_dtype", b"row_dtype", "weight_version", b"weight_version", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "device_uuid", b"device_uuid", "group", b"group", "hidden_size", b"hidden_size", "layers", b"layers", "local_sockets", b"local_sockets", "max_batch", b"max_batch", "model", b"model", "model_fingerprint", b"model_fingerprint", "numerics_class", b"numerics_class", "protocol_version", b"protocol_version", "quantization", b"quantization", "row_dtype", b"row_dtype", "weight_version", b"weight_version", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
