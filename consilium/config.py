@@ -76,7 +76,7 @@ class GatewayConfig(Section):
     max_step_tokens: int = Field(512, ge=1, le=8192, description="most tokens computed in one step")
     kv_cache_memory: Size = Field(2 * 2**30, ge=2**20, description="memory for keys and values")
     device: Device = Field(
-        "auto", description="where attention is computed: cpu, cuda, or auto: a GPU where there is one that can"
+        "cpu", description="where attention is computed: cpu, cuda, or auto: a GPU where there is one that can"
     )
     kv_cache_device_memory: Size | None = Field(
         None, ge=2**20, description="memory of a GPU for keys and values; most of what the model leaves by default"
@@ -156,7 +156,7 @@ class WorkerConfig(Section):
     layers: str = Field("all", description="layers it holds: all, or for example 0-11,13")
     experts: str = Field("all", description="experts it holds in each of them: all, or for example 0-3,7")
     threads: int | None = Field(None, ge=1, description="compute threads; all cores by default")
-    device: Device = Field("auto", description="where it computes: cpu, cuda, or auto: a GPU where there is one")
+    device: Device = Field("cpu", description="where it computes: cpu, cuda, or auto: a GPU where there is one")
     max_queue: int = Field(1024, ge=1, description="most calls waiting; more are answered with RESOURCE_EXHAUSTED")
     max_frame: Size = Field(64 * 2**20, ge=2**16, le=2**30, description="largest message taken")
     local_links: bool = Field(True, description="let gateways on this host pass frames without gRPC")
