@@ -29,7 +29,7 @@ up: $(READY)
 
 test: $(READY)
 	@$(BIN)/consilium model fetch default
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/chaos tests/gpu tests/integration tests/parity tests/unit $(PYTEST)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/chaos tests/gpu tests/integration tests/parity tests/unit $(PYTEST)
 
 exact: $(READY)
 	@EXACT_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest tests/unit/test_exactness.py --hypothesis-show-statistics $(PYTEST)
