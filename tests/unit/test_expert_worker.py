@@ -39,7 +39,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     [
         (["--layers", "0-9"], "worker.layers: '0-9' is out of range; the model has 0-2"),
         (["--experts", "x"], "worker.experts: 'x' is not understood"),
-        (["--quantization", "int4"], "quantization: "),
+        (["--quantization", "int3"], "quantization: "),
         (["--port", "99999"], "worker.port: "),
         (["--threads", "0"], "worker.threads: "),
         (["--model", "no-such-model"], "model: there is no folder 'no-such-model'"),
