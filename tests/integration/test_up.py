@@ -76,7 +76,9 @@ def test_up_answers_and_stops_everything_at_ctrl_c(
     (tmp_path / CONTROL).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
-    with _up("--model", str(tiny_mixtral), "--port", "0", "--workers", "2") as process:
+    (tmp_path / "config.yaml").write_text("worker: {device: auto}")
+    config = ("--config", str(tmp_path / "config.yaml"))
+    with _up("--model", str(tiny_mixtral), "--port", "0", "--workers", "2", *config) as process:
         introduction = _read_until(process, "Ctrl-C stops everything.")
         assert "worker-0 (experts) holds 0-1; worker-1 (experts) holds 2-3" in introduction
         assert "\n> " in introduction
