@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from consilium.checkpoint import Checkpoint
 from consilium.config import Config, ExpertGroupConfig
-from consilium.errors import ConfigError
+from consilium.errors import ConfigError, ConsiliumError
 from consilium.experts import Arithmetic
 from consilium.frames import PROTOCOL_VERSION
 from consilium.link_packets import RowFormat
@@ -187,13 +187,19 @@ class Worker:
             description.local_sockets.extend(listener.names)
         stopping = catch_signals()
         await server.start()
-        async with self._registered(description, address, stopping) as registration:
-            await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-            announce(address, scraped)
-            await stopping.wait()
-            deadline = asyncio.get_running_loop().time() + config.drain_timeout
-            if registration is not None:
-                await registration.drain(config.drain_timeout)
+        try:
+            async with self._registered(description, address, stopping) as registration:
+                await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+                announce(address, scraped)
+                await stopping.wait()
+                deadline = asyncio.get_running_loop().time() + config.drain_timeout
+                if registration is not None:
+                    await registration.drain(config.drain_timeout)
+        except ConsiliumError:  # the router refuses it
+            if listener is not None:
+                listener.close()
+            await server.stop(None)
+            raise
         await status.enter_graceful_shutdown()
         if listener is not None:
             listener.close()

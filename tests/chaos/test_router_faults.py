@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -189,7 +190,9 @@ def test_wrong_weights_are_refused(deployment: Deployment, tmp_path: Path) -> No
     with load(deployment.gateway, deployment.expected):
         wrong = launch(deployment.worker(save_other_weights(deployment.model, tmp_path / "other"), "0"))
         assert wrong.wait() == 1
-        assert "refused: its weights of expert 0 of layer 0 have the hash" in wrong.log()
+        # Of a layer where the worker that the router looks at first holds expert 0, too.
+        assert re.search(r"refused: its weights of expert 0 of layer \d have the hash", wrong.log())
+        assert "Traceback" not in wrong.log()
 
 
 def test_without_redis_and_without_a_router(deployment: Deployment) -> None:

@@ -105,6 +105,7 @@ def test_workers_that_do_not_fit_are_refused_and_those_without_room_get_nothing(
         quantized = launch([*joining(tiny_mixtral, process.address), "--quantization", "int8"])
         assert wrong.wait() == 1
         assert "refused: its weights of expert 0 of layer 0 have the hash" in wrong.log()
+        assert "Traceback" not in wrong.log()
         assert quantized.wait() == 1
         assert "refused: its quantization is int8, this deployment's is none" in quantized.log()
         with running(joining(tiny_mixtral, process.address, "--memory", "1")) as small:
