@@ -14,6 +14,7 @@ from consilium.model_config import ModelConfig
 from consilium.wire import ROW_DTYPES
 from gateway.arithmetic import dense_quantization, find_arithmetic
 from gateway.engine_model import EngineModel
+from gateway.expert_meter import ExpertMeter
 from gateway.gate_policy import find_policy
 from gateway.kv_cache import KVPool, Pool
 from gateway.local_experts import local_experts
@@ -52,13 +53,13 @@ def find_refusal(config: Config, model: ModelConfig) -> str | None:
 
 
 def make_model(
-    config: Config, checkpoint: Checkpoint, experts: ExpertSource, clock: StageClock
+    config: Config, checkpoint: Checkpoint, experts: ExpertSource, clock: StageClock, meter: ExpertMeter
 ) -> tuple[EngineModel, Pool]:
     """The model as it is served, with its memory for keys and values. Raises ConsiliumError."""
     if uses_gpu(config, checkpoint.config):
         from gateway.gpu.setup import make_device_model  # Triton is there with GPUs only
 
-        return make_device_model(config, checkpoint, experts, clock, torch.device("cuda"))
+        return make_device_model(config, checkpoint, experts, clock, meter, torch.device("cuda"))
     if config.gateway.local_experts:
         experts = local_experts(config, checkpoint)
     pool = KVPool(checkpoint.config, ROW_DTYPES[config.dtype], config.gateway.kv_cache_memory)

@@ -72,7 +72,8 @@ class EngineProcess:
         local = partial(local_experts, config, self._checkpoint)
         self._dispatcher = Dispatcher(reply_dtype, config.gateway, self._meter, local)
         self._cache = self._make_cache(reply_dtype)
-        model, pool = make_model(config, self._checkpoint, self._cache or self._dispatcher, self._dispatcher.clock)
+        source, clock = self._cache or self._dispatcher, self._dispatcher.clock
+        model, pool = make_model(config, self._checkpoint, source, clock, self._meter)
         store = KVStore(pool, prefix_cache=config.gateway.prefix_cache)
         # On a GPU parts of a step are where the last one's were: one batch at a time.
         batches = config.gateway.micro_batches if isinstance(model, Model) else 1

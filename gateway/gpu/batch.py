@@ -41,8 +41,8 @@ class StepShape:
     per_tile: int  # query positions of a tile
 
     def parts(self) -> list[int]:
-        """How many numbers there are of each kind: tokens, positions, slots, tiles, pages."""
-        return [self.rows] * 3 + [TILE * self.tiles, self.sequences * self.blocks]
+        """How many numbers there are of each kind: tokens, positions, slots, tiles, pages, how many tokens count."""
+        return [self.rows] * 3 + [TILE * self.tiles, self.sequences * self.blocks, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class DeviceStep:
     positions: Tensor  # [T] int32
     slots: Tensor  # [T] int32: where the row's key and value go
     tiles: Tiles
+    live: Tensor  # [1] int32: rows that are not there to fill up a graph
 
 
 def paged(segment: Segment) -> PagedCache:
@@ -84,9 +85,9 @@ def fits_a_graph(batch: StepRows) -> bool:
 def numbers_of(batch: StepRows, shape: StepShape) -> NDArray[np.int32]:
     """All numbers of a step, one kind after the other, as ``view`` takes them apart."""
     numbers = np.zeros(sum(shape.parts()), np.int32)
-    tokens, positions, slots, tiles, pages = _split(numbers, shape)
+    tokens, positions, slots, tiles, pages, live = _split(numbers, shape)
     tile, table = 0, tiles.reshape(-1, TILE)
-    tokens[: len(batch.tokens)] = batch.tokens.numpy()
+    tokens[: len(batch.tokens)], live[0] = batch.tokens.numpy(), len(batch.tokens)
     for number, segment in enumerate(batch.segments):
         cache, first, row = paged(segment), segment.position, segment.row
         own = slice(row, row + segment.length)
@@ -107,11 +108,10 @@ def numbers_of(batch: StepRows, shape: StepShape) -> NDArray[np.int32]:
 
 def view(numbers: Tensor, shape: StepShape) -> DeviceStep:
     """The step whose ``numbers`` int32 lie on the device."""
-    tokens, positions, slots, tiles, pages = numbers.split(shape.parts())
+    tokens, positions, slots, tiles, pages, live = numbers.split(shape.parts())
     table, places = tiles.view(-1, TILE), pages.view(-1, shape.blocks)
-    return DeviceStep(
-        tokens, positions, slots, Tiles(table, places, positions, shape.chunks, shape.split, shape.tiling)
-    )
+    found = Tiles(table, places, positions, shape.chunks, shape.split, shape.tiling)
+    return DeviceStep(tokens, positions, slots, found, live)
 
 
 def to_device(numbers: NDArray[np.int32], device: torch.device) -> Tensor:

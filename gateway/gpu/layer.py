@@ -64,11 +64,16 @@ class DeviceLayer:
             self._gate_up = DeviceLinear([ffn.gate, ffn.up], [], device)
             self._down = DeviceLinear([ffn.down], [], device)
 
-    def forward(self, x: Tensor, step: DeviceStep, turns: tuple[Tensor, Tensor], pages: LayerPages) -> Routed | None:
-        """Change x [T, D] float32; what is left to do are the experts, where the layer has any."""
+    def forward(
+        self, x: Tensor, step: DeviceStep, turns: tuple[Tensor, Tensor], pages: LayerPages, ids: Tensor | None = None
+    ) -> Routed | None:
+        """Change x [T, D] float32; what is left to do are the experts, where the layer has any.
+
+        ``ids`` int32 [T, K] is where their numbers go, if anybody wants them in a certain place.
+        """
         self._attend(x, step, turns, pages)
         if self.routes:
-            return self._route(x)
+            return self._route(x, ids)
         hidden = self._gate_up.forward(self._normed(x, self._post_norm))  # [T, 2 F]
         rows = new_rows(len(x), hidden.shape[1] // 2, x.device)
         activate(hidden, rows)
@@ -84,10 +89,11 @@ class DeviceLayer:
         attend(queries, shape, pages, step.tiles, self._window, rows)
         self._out.add(rows, x)
 
-    def _route(self, x: Tensor) -> Routed:
+    def _route(self, x: Tensor, ids: Tensor | None) -> Routed:
         rows, normed = new_rows(len(x), x.shape[1], x.device), torch.empty_like(x)
         rms_norm(x, self._post_norm, self._config.rms_norm_eps, rows, normed)
-        ids = torch.empty(len(x), self._config.top_k, dtype=torch.int32, device=x.device)
+        if ids is None:
+            ids = torch.empty(len(x), self._config.top_k, dtype=torch.int32, device=x.device)
         weights = torch.empty(len(x), self._config.top_k, device=x.device)
         route(normed, self._gate, normalize=self._config.gate.normalize, ids=ids, weights=weights)
         return Routed(rows, ids, weights)

@@ -16,9 +16,11 @@ from consilium.checkpoint import Checkpoint
 from consilium.errors import WireError
 from consilium.gpu.norm import new_rows, rms_norm
 from consilium.gpu.quantize import quantize_rows
+from consilium.gpu.tally import Tally
 from consilium.rope import Rope
 from gateway.batch import Segment, StepRows
 from gateway.device_hops import DeviceHops, DeviceWorker
+from gateway.expert_meter import ExpertMeter
 from gateway.gate_policy import GatePolicy
 from gateway.gpu.arena_experts import ArenaExperts
 from gateway.gpu.batch import DeviceStep, StepShape, fits_a_graph, numbers_of, shape_of, to_device, view
@@ -54,11 +56,13 @@ class DeviceModel:
         device: torch.device,
         clock: StageClock | None = None,
         hops: DeviceHops | None = None,
+        meter: ExpertMeter | None = None,
     ) -> None:
         """``make_pool`` is called last: keys and values take of the memory that is left.
 
         Steps go through ``hops`` where they are open, else, and where that fails, to ``experts``.
-        ``tilings`` are those of decoding steps, and of steps with prompts.
+        ``tilings`` are those of decoding steps, and of steps with prompts. ``meter`` is told of the rows that no
+        dispatcher hears of.
         """
         config, names = checkpoint.config, checkpoint.names
         self.clock, self._experts, self._tilings, self._device = clock or StageClock(), experts, tilings, device
@@ -72,7 +76,8 @@ class DeviceModel:
         self._turns = cos.contiguous().to(device), sin.contiguous().to(device)
         self.hops = hops  # None: there is no such way
         self._arena: ArenaExperts | None = None  # the one that is open
-        self._expert_layers = config.expert_layers()
+        self._expert_layers, self._top_k = config.expert_layers(), config.top_k
+        self._tally, self._meter = Tally(config.num_layers, config.num_experts, device), meter
         self._layers = [DeviceLayer(checkpoint, layer, device) for layer in range(config.num_layers)]
         self._graphs = Graphs(device)
         self._kept: dict[StepShape, tuple[Tensor, Tensor]] = {}  # of each graph: its numbers, and its residual stream
@@ -104,6 +109,8 @@ class DeviceModel:
         step, x = self._upload(batch, shape, keep=graph and graphs.enabled)
         if isinstance(experts, ArenaExperts):
             experts.hop.begin(shape.rows)
+        if self._meter is not None and not experts.awaits:
+            self._meter.add_later(self._tally)
         if not graph:
             return await self._pass(batch, step, x, experts, lambda _, launch: launch())
         if experts.awaits:
@@ -174,23 +181,31 @@ class DeviceModel:
         self, batch: StepRows, step: DeviceStep, x: Tensor, experts: ExpertHalf, run: Run[Routed | Tensor | None]
     ) -> Tensor:
         """All layers; ``run`` launches one part after the other, between which the host has its say."""
+        ids = None if experts.awaits else self._room_for_ids(len(x))
         for layer in self._layers:
-            routed = run(layer.number, partial(self._launch, layer, step, x))
+            place = None if ids is None else ids[layer.number]
+            routed = run(layer.number, partial(self._launch, layer, step, x, place))
             if isinstance(routed, Routed):
                 self.clock.mark("attention")
                 rows, weights = await experts.forward(layer.number, routed, batch)
                 combine(x[: len(weights)], rows, weights)
             if not batch.live_rows():
                 break
+        if ids is not None:
+            self._tally.add(ids, step.live)
         hidden = run("norm", partial(self._last_norm, x))
         assert isinstance(hidden, Tensor)
         return hidden
 
-    def _launch(self, layer: DeviceLayer, step: DeviceStep, x: Tensor) -> Routed | None:
+    def _launch(self, layer: DeviceLayer, step: DeviceStep, x: Tensor, ids: Tensor | None) -> Routed | None:
         """A layer up to its experts; the first one begins with the embedding."""
         if layer is self._layers[0]:
             x.copy_(self._embed[step.tokens])
-        return layer.forward(x, step, self._turns, self.pool.layer(layer.number))
+        return layer.forward(x, step, self._turns, self.pool.layer(layer.number), ids)
+
+    def _room_for_ids(self, rows: int) -> Tensor:
+        """[L, T, K] where nobody asks for any expert yet; L are all layers."""
+        return torch.full((len(self._layers), rows, self._top_k), -1, dtype=torch.int32, device=self._device)
 
     def _last_norm(self, x: Tensor) -> Tensor:
         hidden = torch.empty_like(x)

@@ -16,6 +16,7 @@ from consilium.units import format_size
 from consilium.wire import ROW_DTYPES
 from gateway.arithmetic import dense_shapes
 from gateway.device_hops import DeviceHops
+from gateway.expert_meter import ExpertMeter
 from gateway.gpu.experts import DispatchedExperts, ExpertHalf, load_experts
 from gateway.gpu.model import DeviceModel
 from gateway.gpu.pages import PagePool
@@ -33,7 +34,12 @@ PROVED_COLUMNS = 256  # of each matrix
 
 
 def make_device_model(
-    config: Config, checkpoint: Checkpoint, source: ExpertSource, clock: StageClock, device: torch.device
+    config: Config,
+    checkpoint: Checkpoint,
+    source: ExpertSource,
+    clock: StageClock,
+    meter: ExpertMeter,
+    device: torch.device,
 ) -> tuple[DeviceModel, PagePool]:
     """The model with its pages. Raises ConfigError where the memory does not do, or a product is wrong."""
     prove_products(sorted({size for _, size in dense_shapes(checkpoint.config)}), device)
@@ -49,7 +55,7 @@ def make_device_model(
         if config.gateway.local_experts:
             experts = load_experts(checkpoint, device)
         hops = None if config.gateway.local_experts else make_hops(config, checkpoint, device)
-        model = DeviceModel(checkpoint, experts, make_pool, tilings, device, clock, hops)
+        model = DeviceModel(checkpoint, experts, make_pool, tilings, device, clock, hops, meter)
     except torch.OutOfMemoryError:
         raise ConfigError("gateway.device: the model does not fit the GPU's memory; choose --device cpu") from None
     if device.type == "cuda":

@@ -15,6 +15,7 @@ from consilium.gpu.flags import meet, own_pairs
 from consilium.gpu.jit import INTERPRETED
 from consilium.gpu.quantize import quantize_rows
 from consilium.gpu.sort import sort_pairs
+from consilium.gpu.tally import Tally
 from consilium.gpu.tiling import Blocks, Tiling
 from consilium.model_config import ClampedSwiGLU
 from tests.gpu.compile_only import compiling
@@ -43,10 +44,11 @@ def launch(form: ExpertForm, tiling: Tiling) -> None:
 
 
 def hand_over() -> None:
-    """The flags of a step through an arena."""
+    """The flags of a step through an arena, and its count."""
     words, numbers = torch.zeros(64, dtype=torch.int32), torch.zeros(6, 2, dtype=torch.int32)
     meet(words, words, tell=words, tell_at=1, words=words, count=2, wait_at=16, blame=1, spins=100)
     own_pairs(numbers, words, torch.zeros(4, COLUMNS, dtype=torch.int64), numbers, words, worker=1, blame=2)
+    Tally(2, 4, words.device).add(numbers.view(2, 3, 2), words[:1])
 
 
 def check(kernels: Sequence[Any], exact: bool) -> None:

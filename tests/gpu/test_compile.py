@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = {
-    "compile_kernels": {"gate_up", "down", "_sort_pairs", "_quantize_rows"},
+    "compile_kernels": {"gate_up", "down", "_sort_pairs", "_quantize_rows", "_meet", "_own_pairs", "_add"},
     "compile_gateway": {
         "_linear",
         "_rms_norm",

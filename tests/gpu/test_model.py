@@ -75,7 +75,8 @@ class ServedByDevice(Served):
         def make_pool() -> PagePool:
             return PagePool(checkpoint.config, arithmetic.dtype, memory + nobodys, DEVICE)
 
-        model = DeviceModel(checkpoint, experts, make_pool, (TILING, TILING), DEVICE, dispatcher.clock)
+        how = DEVICE, dispatcher.clock
+        model = DeviceModel(checkpoint, experts, make_pool, (TILING, TILING), *how, meter=dispatcher.meter)
         return model, model.pool
 
     def experts_of(self, checkpoint: Checkpoint, dispatcher: Dispatcher) -> ExpertHalf:
@@ -137,11 +138,14 @@ def test_the_same_bits_whatever_else_happens() -> None:
     assert any(each.prefix_hits for each in together.stats)
 
 
-def test_experts_on_the_device_have_the_bits_of_workers() -> None:
+def test_experts_on_the_device_have_the_bits_of_workers_and_as_many_rows() -> None:
     asked = greedy(1, prompt(12, 3), 2, logprobs=2, prompt_logprobs=1)
     kinds = (ServedByDevice, ServedWithoutWorkers)
-    dispatched, own = (serve(kind, "one layer", torch.bfloat16).run(asked)[1] for kind in kinds)
-    assert_same_story(own, dispatched)
+    dispatched, own = (serve(kind, "one layer", torch.bfloat16) for kind in kinds)
+    assert_same_story(own.run(asked)[1], dispatched.run(asked)[1])
+    load = own.meter.take_report()
+    assert load is not None
+    assert load == dispatched.meter.take_report()
 
 
 def test_warming_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,7 @@ class Served:
         self.workers: list[LocalWorker]
         replies = arithmetic.dtype if arithmetic.experts is None else torch.bfloat16
         dispatcher, self.workers = local_dispatcher(checkpoint, self.mailbox, experts, compute, replies)
+        self.meter = dispatcher.meter
         memory = blocks * BLOCK * config.cached_elements * arithmetic.dtype.itemsize
         model, pool = self.model_of(checkpoint, arithmetic, dispatcher, policy, memory)
         scheduler = Scheduler(KVStore(pool, prefix_cache=prefix_cache), 8, step)
