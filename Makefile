@@ -29,13 +29,13 @@ up: $(READY)
 
 test: $(READY)
 	@$(BIN)/consilium model fetch default
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/chaos tests/gpu tests/integration tests/parity tests/unit $(PYTEST)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 tests/chaos tests/gpu tests/integration tests/parity tests/unit $(PYTEST)
 
 exact: $(READY)
-	@EXACT_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest tests/unit/test_exactness.py --hypothesis-show-statistics $(PYTEST)
+	@EXACT_CASES=$(or $(CASES),10000) $(BIN)/python -m pytest -o faulthandler_timeout=0 tests/unit/test_exactness.py --hypothesis-show-statistics $(PYTEST)
 
 chaos: $(READY)
-	@ROUTER_ABSENCE=60 ROUTER_KILLS=$(or $(KILLS),100) WORKER_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -s tests/chaos/test_router_faults.py tests/chaos/test_worker_faults.py $(PYTEST)
+	@ROUTER_ABSENCE=60 ROUTER_KILLS=$(or $(KILLS),100) WORKER_KILLS=$(or $(KILLS),100) $(BIN)/python -m pytest -o faulthandler_timeout=0 -s tests/chaos/test_router_faults.py tests/chaos/test_worker_faults.py $(PYTEST)
 	@$(BIN)/python -m bench.goodput
 	@$(BIN)/python -m bench.joining
 
