@@ -8,8 +8,6 @@ slots of all workers together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -59,9 +57,3 @@ def pack(load: Floats, bins: int) -> list[list[int]]:
         packed[lightest].append(int(item))
         weight[lightest] += load[item]
     return packed
-
-
-def equal_shares(load: Floats, placed: Sequence[Sequence[int]]) -> Floats:
-    """Load of each worker if every copy of an expert gets as much of it, which is what EPLB counts with."""
-    counts = np.bincount([expert for each in placed for expert in each], minlength=len(load))
-    return np.array([sum(load[expert] / counts[expert] for expert in each) for each in placed])

@@ -24,11 +24,6 @@ class GgufFile:
         self._reader = GGUFReader(path)
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
-    @property
-    def tensor_names(self) -> list[str]:
-        """Names of all tensors, in the order of the file."""
-        return list(self._tensors)
-
     def value(self, key: str, kind: type[T]) -> T:
         """The metadata under ``key``, checked to be a ``kind``. Raises CheckpointError."""
         field = self._reader.fields.get(key)

@@ -12,7 +12,6 @@ from torch import Tensor
 from consilium.gpu.jit import EXACT, jit, jit_for_any, power_of_two, tiles_of
 
 ROWS, EXPERTS, DEPTH = 16, 16, 64  # of one program: always the same, so that a row's sums are
-MOST_EXPERTS = 4096  # whose scores one program has in registers
 
 
 def route(x: Tensor, gate: Tensor, *, normalize: bool, ids: Tensor, weights: Tensor) -> None:

@@ -7,7 +7,6 @@ Letters: L layers, Hkv key-value heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -129,12 +128,3 @@ class PagePool:
 
     def _index(self, pages: NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(pages.astype(np.int64)).to(self._keys.device)
-
-
-def block_table(caches: Sequence[PagedCache], width: int) -> NDArray[np.int32]:
-    """The pages of each sequence [S, width], filled up with nobody's."""
-    table = np.full((len(caches), width), NOBODYS, np.int32)
-    for row, cache in zip(table, caches, strict=True):
-        used = min(cache.blocks, width)
-        row[:used] = cache.pages[:used]
-    return table
