@@ -38,10 +38,6 @@ class Residency(Generic[Key]):
     def __contains__(self, key: object) -> bool:
         return key in self._place
 
-    @property
-    def slots(self) -> int:
-        return len(self._keys)
-
     def touch(self, keys: Iterable[Key]) -> None:
         """These are asked for now."""
         self._now += self._decay
@@ -64,13 +60,10 @@ class Residency(Generic[Key]):
             if key in self._place:
                 self._used[self._place[key]] = False
 
-    def take(self, key: Key, least: float = np.inf) -> tuple[int, Key | None] | None:
-        """A slot for ``key``, which is in none, and what was in it before.
-
-        None while everything is pinned, or scores ``least`` or more.
-        """
+    def take(self, key: Key) -> tuple[int, Key | None] | None:
+        """A slot for ``key``, which is in none, and what was in it before; None while everything is pinned."""
         slot = int(np.where(self._used, np.inf, self._order).argmin())
-        if self._used[slot] or self._order[slot] >= least:
+        if self._used[slot]:
             return None
         former = self._keys[slot]
         if former is not None:
@@ -89,6 +82,3 @@ class Residency(Generic[Key]):
         self._scores.pop(key, None)
         if key in self._place:
             self._order[self._place[key]] = -np.inf
-
-    def score(self, key: Key) -> float:
-        return self._scores.get(key, -np.inf)

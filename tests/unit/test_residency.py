@@ -60,14 +60,6 @@ def test_what_is_pinned_stays_and_what_is_forgotten_leaves_first() -> None:
     assert len(residency) == 2
 
 
-def test_only_what_scores_less_makes_way() -> None:
-    residency = Residency[str](1, half_life=10)
-    ask(residency, "a")
-    residency.touch(["b"])
-    assert residency.take("c", least=residency.score("c")) is None
-    assert residency.take("b", least=residency.score("b")) == (0, "a")
-
-
 def test_it_finds_more_than_least_recently_used_where_layers_take_turns() -> None:
     """A third of 8 experts in 12 layers fit, and a step asks for two of each layer, some much more often."""
     random.seed(0)
