@@ -82,6 +82,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "deepseek-v2": (save_deepseek_v2, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}),
     "deepseek-v2-lite": (save_deepseek_v2, {"q_lora_rank": None, "rope_parameters": {**YARN, **SCALED}}),
     "deepseek-v3": (save_deepseek_v3, {}),
+    "deepseek-v3-plain-queries": (save_deepseek_v3, {"q_lora_rank": None}),
     "deepseek-v3-yarn": (
         save_deepseek_v3,
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ PRUNED: tuple[Callable[..., Path], ...] = (
     save_qwen2_moe,
     save_deepseek,
     save_deepseek_v2,
+    partial(save_deepseek_v3, n_group=1, topk_group=1),
     save_gpt_oss,
     save_granitemoe,
     save_phimoe,
