@@ -24,6 +24,9 @@ from tests.valkey import Valkey, valkey
 # tiny_mixtral: 4 experts in each of 3 layers
 EVERYTHING = [(layer, expert) for layer in range(3) for expert in range(4)]
 LEFT, RIGHT = [each for each in EVERYTHING if each[1] < 2], [each for each in EVERYTHING if each[1] >= 2]
+# README's user of Redis for routers: nothing but this, on keys of theirs alone.
+COMMANDS = ["get", "set", "mget", "del", "scan", "pexpire", "pttl", "hget", "hset", "incr", "evalsha", "script|load"]
+USER = ("--user", "router", "on", ">secret", "~consilium:router:*", "-@all", *(f"+{each}" for each in COMMANDS))
 
 
 class Caller:
@@ -170,7 +173,7 @@ def test_without_tokens_a_router_stays_on_loopback(tiny_mixtral: Path) -> None:
 
 @contextmanager
 def two_routers(model: Path, server: Valkey, environment: pytest.MonkeyPatch) -> Iterator[list[tuple[Process, Caller]]]:
-    environment.setenv("CONSILIUM_ROUTER__REDIS", server.url)
+    environment.setenv("CONSILIUM_ROUTER__REDIS", f"unix://router:secret@{server.socket}")
     with router(model) as first, router(model) as second:
         yield [first, second]
 
@@ -184,7 +187,8 @@ def leader_of(pairs: Sequence[tuple[Process, Caller]]) -> int:
 
 
 def test_when_the_leader_dies_another_router_leads(tiny_mixtral: Path, environment: pytest.MonkeyPatch) -> None:
-    with valkey("--maxmemory-policy", "noeviction") as server, two_routers(tiny_mixtral, server, environment) as pairs:
+    redis = valkey("--maxmemory-policy", "noeviction", *USER)
+    with redis as server, two_routers(tiny_mixtral, server, environment) as pairs:
         leading = leader_of(pairs)
         (leader, _), (_, follower) = pairs[leading], pairs[1 - leading]
         follower.register("a", LEFT)
