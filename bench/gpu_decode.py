@@ -1,14 +1,15 @@
-"""A section of bench.gpu: a whole model on a GPU, decoding and reading prompts; experts in the process, or in workers.
+"""A section of bench.gpu: a whole model in one process on a GPU, decoding and reading prompts.
 
 Letters: T rows of the step, K experts per token.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from consilium.checkpoint import Checkpoint
 from consilium.gpu.experts import ExpertForm
 from consilium.gpu.samples import random_layer
 from consilium.models import resolve_model
-from gateway.gpu.experts import DispatchedExperts, OwnExperts
+from gateway.gpu.experts import OwnExperts
 from gateway.gpu.model import DeviceModel
 from gateway.gpu.tiling import FAST, INVARIANT
 
@@ -37,7 +38,6 @@ class Sizes:
     """Of the model, and of what is asked of it."""
 
     model: str
-    through_workers: str  # with fewer layers: workers make their random weights on the CPU
     memory: int  # bytes for keys and values
     context: int  # tokens before the first that is decoded
     batches: tuple[int, ...]
@@ -48,7 +48,6 @@ class Sizes:
 
 QWEN3 = Sizes(
     "shape:qwen3-30b-a3b",
-    "shape:qwen3-30b-a3b,layers=4",
     24 * 2**30,
     1024,
     (1, 8, 32, 128),
@@ -56,34 +55,35 @@ QWEN3 = Sizes(
     (512, 2048, 8192),
     (2200, 70, 600),
 )
-TOY = Sizes("shape:tiny,layers=2", "shape:tiny,layers=2", 2**22, 20, (1, 3), 2, (20,), (18, 7))
+TOY = Sizes("shape:tiny,layers=2", 2**22, 20, (1, 3), 2, (20,), (18, 7))
 
 
-def run(toy: bool, console: Console) -> dict[str, Any]:
+def run(toy: bool, console: Console, keep: Callable[[Mapping[str, Any]], None]) -> None:
     """Raises RuntimeError where a bit is wrong."""
     sizes, device = TOY if toy else QWEN3, torch.device("cpu" if toy else "cuda")
     difference = difference_from_cpu(TOY.model, device, 12)
+    keep({"difference_from_cpu": difference})
     if not difference < NEAR:
         raise RuntimeError(f"log-probabilities differ by {difference:.2g} on average from the CPU's")
+    console.log(f"{TOY.model}: {difference:.1g} from the CPU on average")
     checkpoint = Checkpoint(resolve_model(sizes.model))
-    experts = random_experts(checkpoint, device)
-    found: dict[str, Any] = {"difference_from_cpu": difference, "modes": {}}
+    experts, modes = random_experts(checkpoint, device), dict[str, dict[str, Any]]()
     for name, tilings in MODES.items():
+        modes[name] = {}
+        keep({"modes": modes})
         model = device_model(checkpoint, device, torch.bfloat16, sizes.memory, experts, tilings)
         fill(model, checkpoint.config.num_layers)
+        console.log(f"{sizes.model}, {name}: the model is there")
         if tilings is INVARIANT:
             check_bits(model, checkpoint.config.vocab_size, sizes.checked, 4)
-            console.print(f"the same bits in prompts, chunks and batches; {difference:.1g} from the CPU on average")
-        texts = Texts(model, model.pool)
-        found["modes"][name] = measure(texts, checkpoint, sizes, device)
-        console.print(speed_table(f"{sizes.model}, experts in the process, {name}", found["modes"][name]))
-        for line in kernel_lines(found["modes"][name]["kernels"]):
-            console.print(line)
-        del model, texts
+            console.log("the same bits in prompts, chunks and batches")
+        for part, figures in measure(Texts(model, model.pool), checkpoint.config.vocab_size, sizes, device):
+            modes[name].setdefault(part, []).append(figures)
+            console.log(f"{name}, {part}: {told(figures)}")
+            keep({"modes": modes})
+        console.print(speed_table(f"{sizes.model}, experts in the process, {name}", modes[name]))
+        del model
         release(device)
-    found["workers"] = through_workers(sizes, device)
-    console.print(speed_table(f"{sizes.through_workers}, experts in two workers", found["workers"]))
-    return found
 
 
 def random_experts(checkpoint: Checkpoint, device: torch.device) -> OwnExperts:
@@ -101,16 +101,24 @@ def fill(model: DeviceModel, layers: int) -> None:
             tensor.normal_()
 
 
-def measure(texts: Texts, checkpoint: Checkpoint, sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """Seconds of steps that decode, and of prompts; and where the time of a step goes."""
-    vocabulary, found = checkpoint.config.vocab_size, dict[str, Any]()
-    found["decode"] = [decode(texts, vocabulary, sizes, batch, device) for batch in sizes.batches]
-    found["prompts"] = [prompt(texts, vocabulary, length, device) for length in sizes.prompts]
-    if device.type == "cuda" and isinstance(texts.model, DeviceModel):
-        found["kernels"] = {batch: kernels(texts, vocabulary, sizes, batch) for batch in sizes.batches}
-    else:
-        found["kernels"] = {}
-    return found
+def measure(texts: Texts, vocabulary: int, sizes: Sizes, device: torch.device) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Seconds of steps that decode, and of prompts; then where the time of a step goes."""
+    for batch in sizes.batches:
+        yield "decode", decode(texts, vocabulary, sizes, batch, device)
+    for length in sizes.prompts:
+        yield "prompts", prompt(texts, vocabulary, length, device)
+    for batch in sizes.batches if device.type == "cuda" else ():
+        yield "kernels", {"batch": batch, "kernels": kernels(texts, vocabulary, sizes, batch)}
+
+
+def told(figures: dict[str, Any]) -> str:
+    """In a line."""
+    if "kernels" in figures:
+        spent = figures["kernels"]
+        parts = (f"{name[:40]} {seconds * 1e6:.0f}" for name, seconds in list(spent.items())[:KERNELS])
+        return f"{figures['batch']}: {sum(spent.values()) * 1e6:.0f} us in kernels: {', '.join(parts)}"
+    count = figures.get("batch", figures.get("tokens"))
+    return f"{count}: {figures['seconds'] * 1e3:.2f} ms, {figures['tokens_per_second']:.0f} tok/s"
 
 
 @contextmanager
@@ -160,25 +168,6 @@ def kernels(texts: Texts, vocabulary: int, sizes: Sizes, batch: int) -> dict[str
     return dict(sorted(spent.items(), key=lambda each: -each[1]))
 
 
-def through_workers(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """The same with two worker processes on the device, over local links, rows by way of the host's memory."""
-    from bench.layer_stack import connected, expert_workers
-
-    folder = resolve_model(sizes.through_workers)
-    checkpoint = Checkpoint(folder)
-    with (
-        expert_workers(folder, 2, 4, device.type) as workers,
-        connected(folder, [each.address for each in workers], local_links=True) as gateway,
-    ):
-        experts = DispatchedExperts(gateway.dispatcher, gateway.dispatcher.clock)
-        model = device_model(checkpoint, device, torch.bfloat16, sizes.memory, experts)
-        fill(model, checkpoint.config.num_layers)
-        texts = Texts(model, model.pool, gateway.mailbox.drive)
-        vocabulary = checkpoint.config.vocab_size
-        found = [decode(texts, vocabulary, sizes, batch, device) for batch in sizes.batches]
-        return {"layers": checkpoint.config.num_layers, "decode": found, "prompts": []}
-
-
 def timed(call: Any, device: torch.device) -> float:
     """Seconds until the device has done it."""
     started = time.perf_counter()
@@ -189,7 +178,8 @@ def timed(call: Any, device: torch.device) -> float:
 
 
 def release(device: torch.device) -> None:
-    """What the last model had is free for the next one."""
+    """What the last model had is free for the next one: two of them do not fit."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -200,16 +190,7 @@ def speed_table(title: str, figures: dict[str, Any]) -> Table:
     for heading in ("", "tokens", "ms", "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for kind, key in (("decode", "batch"), ("prompts", "tokens")):
-        for each in figures[kind]:
+        for each in figures.get(kind, []):
             row = f"{each['seconds'] * 1e3:.2f}", f"{each['tokens_per_second']:.0f}"
             table.add_row("a step of" if kind == "decode" else "a prompt of", str(each[key]), *row)
     return table
-
-
-def kernel_lines(found: dict[int, dict[str, float]]) -> Sequence[str]:
-    """Where a step's time goes, in us."""
-    return [
-        f"{batch}: {sum(spent.values()) * 1e6:.0f} us in kernels: "
-        + ", ".join(f"{name[:40]} {seconds * 1e6:.0f}" for name, seconds in list(spent.items())[:KERNELS])
-        for batch, spent in found.items()
-    ]

@@ -5,7 +5,7 @@ Letters: T tokens, K experts of each, P = T · K pairs, E experts, D hidden size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from consilium.arithmetics import find_arithmetic
 from consilium.config import Quantization
+from consilium.errors import ConsiliumError
 from consilium.gpu.experts import ExpertForm, compute, down, gate_up
 from consilium.gpu.samples import Layer, Tokens, random_layer, random_tokens
 from consilium.gpu.sort import sort_pairs
@@ -52,23 +53,33 @@ QWEN3 = Sizes(2048, 768, 128, 8, (1, 8, 32, 64, 128, 512, 4096), (1, 8, 64), 200
 TOY = Sizes(64, 32, 4, 2, (1, 3), (2,), 3, 64, 2**16)
 
 
-def run(toy: bool, console: Console) -> dict[str, Any]:
-    """Raises RuntimeError where kernels are wrong."""
+def run(toy: bool, console: Console, keep: Callable[[Mapping[str, Any]], None]) -> None:
+    """Raises RuntimeError where kernels are wrong, or fail; the others are measured all the same."""
     sizes, device = TOY if toy else QWEN3, torch.device("cpu" if toy else "cuda")
-    for quantization in FORMS:
-        check(sizes, quantization, device)
-        console.print(f"{quantization}: {'the bits of the CPU' if quantization == 'int8' else 'close to the CPU'}")
     best = ceilings(sizes, device)
-    console.print(
+    console.log(
         f"copies: {best['bytes_per_second'] / 1e12:.2f} TB/s; "
         + ", ".join(f"{name} products: {rate / 1e12:.0f} T/s" for name, rate in best["operations_per_second"].items())
     )
-    kernels = {name: measure(sizes, name, device, best) for name in FORMS}
-    for name, figures in kernels.items():
-        console.print(kernel_table(name, figures))
+    keep({"sizes": vars_of(sizes), "ceilings": best})
+    kernels, wrong = dict[str, Sequence[dict[str, Any]]](), dict[str, str]()
+    for name in FORMS:
+        try:
+            check(sizes, name, device)
+            console.log(f"{name}: {'the bits of the CPU' if name == 'int8' else 'close to the CPU'}")
+            kernels[name] = measure(sizes, name, device, best)
+        except torch.AcceleratorError:
+            raise  # nothing more can be done with this GPU here
+        except (ConsiliumError, RuntimeError) as error:
+            wrong[name] = f"{type(error).__name__}: {error}"
+            console.log(f"{name}: {wrong[name]}")
+        else:
+            console.print(kernel_table(name, kernels[name]))
+        keep({"kernels": kernels, "wrong": wrong})
+    if wrong:
+        raise RuntimeError(f"wrong, or not measured: {wrong}")
     memory = {name: figures[0]["layer_bytes"] for name, figures in kernels.items()}
     console.print(f"memory of a layer, int8 against bfloat16: {memory['int8'] / memory['none']:.3f}")
-    return {"sizes": vars_of(sizes), "ceilings": best, "kernels": kernels, "layer_bytes": memory}
 
 
 def vars_of(sizes: Sizes) -> dict[str, Any]:

@@ -1,30 +1,24 @@
 """A section of bench.gpu: what it costs to hand a layer to processes on the same GPU, or on the one beside it.
 
-It measures twice, in processes of its own: without MPS and with it, for CUDA programs look for it as they start. What
-is measured is the gateway's DeviceHop against the workers' DeviceSteps; only the packet that starts a step goes through
-a pipe, not through a local link.
+What is measured is the gateway's DeviceHop against the workers' DeviceSteps; only the packet that starts a step goes
+through a pipe, not through a local link. It is measured with MPS, then, a little of it, in turns without; at last a
+worker is killed in the middle of a step.
 
 Letters: L layers, T tokens, K experts of each, E experts, D hidden size, F expert FFN size, W workers.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from consilium import mps
 from consilium.errors import ConsiliumError, ExpertUnavailable
 from consilium.gpu.arena import BUCKETS, ArenaShape
 from consilium.gpu.experts import ExpertForm
@@ -48,7 +41,7 @@ from gateway.device_hop import DeviceHop
 from gateway.local_link import Times
 from gateway.mailbox import Completion
 
-WAIT_SECONDS, OPEN_SECONDS, RUN_SECONDS = 2.0, 180.0, 270.0
+WAIT_SECONDS, OPEN_SECONDS = 2.0, 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +135,11 @@ class Peer:
             self._lose()
         return self._calls[call_id]
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether it has an answer to give."""
+        return any(each.outcome is None for each in self._calls.values())
+
     def take(self) -> None:
         """What it has answered."""
         try:
@@ -218,11 +216,13 @@ class Bench:
         rows = torch.randint(-127, 128, (sizes.layers, tokens, sizes.hidden), dtype=torch.int8, generator=generator)
         scales = torch.full((sizes.layers, tokens), 1 / 73)
         self.inputs[tokens] = ids.int().to(self.device), rows.to(self.device), scales.to(self.device)
+        while any(each.is_asked for each in self.peers):
+            self.take()  # else a worker that looks back at the last step finds it given up
+        self.hop.abort()  # nothing waits: only to load every kernel
+        self._exchange(tokens)
+        self._synchronize()
+        self._reset()
         if self.device.type == "cuda":
-            self.hop.abort()  # nothing waits: only to load every kernel. This arena is used up by it
-            self._exchange(tokens)
-            torch.cuda.synchronize()
-            self._reset()
             self._graphs[tokens] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graphs[tokens]):
                 self._exchange(tokens)
@@ -251,10 +251,14 @@ class Bench:
             arena.scales[:tokens].copy_(scales[layer])
             self.hop.exchange(layer)
 
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def _reset(self) -> None:
-        """No step is under way: flags as they are between steps."""
-        self.hop.arena.broken.zero_()
-        torch.cuda.synchronize()
+        """No step is under way: the next one is the first again, whatever has been said of layers meanwhile."""
+        self.hop.steps = 0
+        self.hop.start()
 
     def _open(self) -> None:
         waiting, errors = {each.address for each in self.peers}, dict[str, Exception]()
@@ -283,34 +287,73 @@ def opened(sizes: Sizes, device: torch.device, workers: Sequence[torch.device], 
         bench.close()
 
 
-# -- what is measured --------------------------------------------------------------------------------------------------
+# -- the sections ------------------------------------------------------------------------------------------------------
+
+Keep = Callable[[Mapping[str, Any]], None]
+Parts = Mapping[str, Callable[[], Any]]
 
 
-def measure(toy: bool) -> dict[str, Any]:
-    """In this process, under MPS or not. What fails is said, and the rest goes on."""
-    sizes, device = TOY if toy else QWEN3, torch.device("cpu" if toy else "cuda:0")
-    found: dict[str, Any] = {"mps": mps.is_serving(), "errors": {}}
-    if not toy and not found["mps"]:
-        sizes = replace(sizes, steps=10)  # each may take a time slice for every layer and way
-    others = [torch.device("cuda", number) for number in range(1, torch.cuda.device_count())][:1]
-    places = {"1 worker": [device], "2 workers": [device] * 2} | (
-        {"1 on each GPU": [device, *others]} if others else {}
-    )
+def run(toy: bool, console: Console, keep: Keep) -> None:
+    """Raises RuntimeError where a bit is wrong, or something could not be measured."""
+    sizes, device = TOY if toy else QWEN3, _device(toy)
     parts: dict[str, Callable[[], Any]] = {
-        "bits": lambda: check(sizes, device),
-        "alone": lambda: alone(sizes, device),
-        "way": lambda: {name: times(sizes, device, where, False) for name, where in places.items()},
-        "layer": lambda: {name: times(sizes, device, where, True) for name, where in places.items()},
-        "killed": lambda: killed(sizes, device),
+        "bits": partial(check, sizes, device),
+        "experts in one process": partial(alone, sizes, device),
     }
+    for name, places in _places(device).items():
+        parts[f"layer, {name}"] = partial(times, sizes, device, places, True)
+        parts[f"way alone, {name}"] = partial(times, sizes, device, places, False)
+    _measure(parts, sizes, console, keep)
+
+
+def run_in_turns(toy: bool, console: Console, keep: Keep) -> None:
+    """A little of it without MPS: processes take turns, for milliseconds each."""
+    sizes, device = TOY if toy else replace(QWEN3, tokens=(1, 64), steps=5), _device(toy)
+    parts: Parts = {
+        "bits": partial(check, sizes, device),
+        "way alone, 1 worker": partial(times, sizes, device, [device], False),
+        "layer, 2 workers": partial(times, sizes, device, [device] * 2, True),
+    }
+    _measure(parts, sizes, console, keep)
+
+
+def run_kill(toy: bool, console: Console, keep: Keep) -> None:
+    """SIGKILL for a worker, which under MPS may take others with it."""
+    sizes, device = TOY if toy else QWEN3, _device(toy)
+    _measure({"kill": partial(killed, sizes, device)}, sizes, console, keep)
+
+
+def _device(toy: bool) -> torch.device:
+    return torch.device("cpu" if toy else "cuda:0")
+
+
+def _places(device: torch.device) -> dict[str, list[torch.device]]:
+    """Where workers are."""
+    places = {"1 worker": [device], "2 workers": [device] * 2}
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        places["1 on each GPU"] = [device, torch.device("cuda:1")]
+    return places
+
+
+def _measure(parts: Parts, sizes: Sizes, console: Console, keep: Keep) -> None:
+    """What fails is said, and the rest goes on, unless this process can do nothing more with its GPU."""
+    found, errors = dict[str, Any](), dict[str, str]()
+    keep({"sizes": asdict(sizes), "buckets": BUCKETS, "parts": found, "errors": errors})
     for name, part in parts.items():
         try:
-            with torch.inference_mode():
-                found[name] = part()
+            found[name] = part()
+        except torch.AcceleratorError:
+            raise
         except (ConsiliumError, RuntimeError, OSError) as error:
-            found["errors"][name] = f"{type(error).__name__}: {error}"
-        print(f"  {name}: {found.get(name, found['errors'].get(name))}", flush=True)
-    return found
+            errors[name] = f"{type(error).__name__}: {error}"
+        console.log(f"{name}: {found.get(name, errors.get(name))}")
+        keep({"parts": found, "errors": errors})
+    console.print(_table(found, sizes.tokens))
+    if errors:
+        raise RuntimeError(f"wrong, or not measured: {errors}")
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
 
 
 def check(sizes: Sizes, device: torch.device) -> str:
@@ -377,7 +420,7 @@ def times(sizes: Sizes, device: torch.device, workers: Sequence[torch.device], c
             bench.prepare(tokens)
             bench.step(tokens)
             taken = sorted(bench.seconds(tokens))
-            found[tokens] = {"p50": statistics.median(taken), "p95": taken[int(0.95 * (len(taken) - 1))]}
+            found[tokens] = {"p50": statistics.median(taken), "p95": taken[int(0.95 * len(taken))]}
     return found
 
 
@@ -399,51 +442,13 @@ def killed(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     return {"seconds": seconds, "lost": sorted(failed), "other_alive": alive, "device_works": still, "goes_on": works}
 
 
-# -- the section -------------------------------------------------------------------------------------------------------
-
-
-def run(toy: bool, console: Console) -> dict[str, Any]:
-    """Raises RuntimeError where a bit is wrong, or nothing could be measured."""
-    found = {"without MPS": _in_process(toy, {})}
-    if not toy and mps.is_installed():
-        with ExitStack() as stack:
-            try:
-                found["with MPS"] = _in_process(toy, stack.enter_context(mps.running()))
-            except ConsiliumError as error:
-                console.print(f"no MPS: {error.message}")
-    console.print(_table(found, (TOY if toy else QWEN3).tokens))
-    wrong = {name: figures["errors"] for name, figures in found.items() if "bits" in figures.get("errors", {})}
-    if wrong:
-        raise RuntimeError(f"wrong, or not measured: {wrong}")
-    return {"sizes": asdict(TOY if toy else QWEN3), "buckets": BUCKETS, **found}
-
-
-def _in_process(toy: bool, environ: dict[str, str]) -> dict[str, Any]:
-    """What a process finds that starts with these variables."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
-        argv = [sys.executable, "-m", "bench.gpu_hop", str(file), *(["--toy"] if toy else [])]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(argv, env={**os.environ, **environ}, check=False, timeout=RUN_SECONDS)
-        if not file.is_file():
-            return {"errors": {"bits": "the process died, or took too long"}}
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
-
-
-def _table(found: dict[str, Any], tokens: Sequence[int]) -> Table:
+def _table(found: Mapping[str, Any], tokens: Sequence[int]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="µs of a layer, p50 (p95)", title_justify="left")
-    counts = [str(each) for each in tokens]
-    for heading in ("", "what", *(f"{each} tokens" for each in counts)):
+    for heading in ("what", *(f"{each} tokens" for each in tokens)):
         table.add_column(heading, justify="right" if "tokens" in heading else "left", no_wrap=True)
     for name, figures in found.items():
-        if "alone" in figures:
-            table.add_row(name, "experts, one process", *(_us(figures["alone"].get(each)) for each in counts))
-        for part, what in (("way", "way alone"), ("layer", "layer")):
-            for workers, by_tokens in figures.get(part, {}).items():
-                table.add_row(name, f"{what}, {workers}", *(_us(by_tokens.get(each)) for each in counts))
-        for part, error in figures["errors"].items():
-            table.add_row(name, f"{part} failed", error[:60])
+        if isinstance(figures, dict) and tokens[0] in figures:
+            table.add_row(name, *(_us(figures.get(each)) for each in tokens))
     return table
 
 
@@ -453,16 +458,3 @@ def _us(seconds: float | dict[str, float] | None) -> str:
     if isinstance(seconds, dict):
         return f"{seconds['p50'] * 1e6:.0f} ({seconds['p95'] * 1e6:.0f})"
     return f"{seconds * 1e6:.0f}"
-
-
-def main() -> None:
-    """One of the two processes that measure."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--toy", action="store_true")
-    options = parser.parse_args()
-    options.file.write_text(json.dumps(measure(options.toy)))
-
-
-if __name__ == "__main__":
-    main()

@@ -114,9 +114,8 @@ def check_bits(model: DeviceModel, vocabulary: int, lengths: tuple[int, ...], de
     chunks = texts.step(first).split([count for _, count in first])
     rest = [(text, text.rest - decoded) for text in beside]
     more = texts.step(rest).split([count for _, count in rest])
-    singles = [
-        texts.step([(text, 1) for text in beside]) for _ in range(decoded)
-    ]  # in a graph: run, recorded, replayed
+    # In a graph: run, recorded, replayed, always with the same memory for what it returns.
+    singles = [texts.step([(text, 1) for text in beside]).clone() for _ in range(decoded)]
     for number, alone in enumerate(expected):
         found = torch.cat([chunks[number], more[number], *(each[number : number + 1] for each in singles)])
         if not torch.equal(found, alone):

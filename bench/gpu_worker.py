@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,21 @@ from bench.gpu_experts import QWEN3, TOY, Sizes, vars_of
 from bench.layer_stack import LayerShape, connected, expert_workers, random_layer, random_routing
 
 
-def run(toy: bool, console: Console) -> dict[str, Any]:
+def run(toy: bool, console: Console, keep: Callable[[Mapping[str, Any]], None]) -> None:
     """The worker itself holds its kernels against the CPU's before it listens."""
-    sizes = TOY if toy else QWEN3
-    figures = measure(sizes)
+    sizes, figures = TOY if toy else QWEN3, list[dict[str, Any]]()
+    keep({"sizes": vars_of(sizes), "layers": figures})
+    for each in measure(sizes):
+        figures.append(each)
+        console.log(f"{each['link']}, {each['tokens']} tokens")
+        keep({"layers": figures})
     console.print(layer_table(figures))
-    return {"sizes": vars_of(sizes), "layers": figures}
 
 
-def measure(sizes: Sizes) -> list[dict[str, Any]]:
+def measure(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """One routed layer as the gateway has it, from rows on the host: over a local link, and over gRPC."""
     shape = LayerShape(sizes.hidden, sizes.expert_size, sizes.experts, sizes.top_k)
-    random, generator, found = np.random.default_rng(0), torch.Generator().manual_seed(0), list[dict[str, Any]]()
+    random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     with random_layer(shape) as model, expert_workers(model, 1, 4, "cuda") as workers:
         for local in (True, False):
             with connected(model, [each.address for each in workers], local) as gateway:
@@ -38,8 +41,7 @@ def measure(sizes: Sizes) -> list[dict[str, Any]]:
                     ]
                     single_layers(gateway, inputs, max(1, sizes.calls // 10))
                     figures = single_layers(gateway, inputs, sizes.calls)
-                    found.append({"link": "local" if local else "gRPC", "tokens": count, **figures})
-    return found
+                    yield {"link": "local" if local else "gRPC", "tokens": count, **figures}
 
 
 def layer_table(figures: Sequence[dict[str, Any]]) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,12 +29,14 @@ from gateway.expert_meter import ExpertMeter
 from gateway.local_experts import local_experts
 from gateway.mailbox import Mailbox
 from gateway.moe_layer import MoELayer
-from gateway.worker_connection import Expectations
+from gateway.placement import Placement
+from gateway.worker_connection import Expectations, WorkerConnection
 from gateway.worker_pool import View, WorkerPool
 from tests.random_checkpoint import save_random_mixtral
-from tests.stack import Process, running, split_experts, worker_argv
+from tests.stack import Process, launch, split_experts, worker_argv
 
 LAYER = 0
+START_SECONDS = 240.0  # of a worker, which may have kernels to compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +76,29 @@ def random_layer(shape: LayerShape) -> Iterator[Path]:
 
 @contextmanager
 def expert_workers(model: Path | ShapeFolder, count: int, threads: int, device: str = "cpu") -> Iterator[list[Process]]:
-    """``count`` int8 workers that share the experts out evenly."""
+    """``count`` int8 workers that share the experts out evenly; they start side by side."""
     common = ["--model", str(model), "--threads", str(threads), "--device", device]
     with ExitStack() as cleanup:
-        yield [
-            cleanup.enter_context(running(worker_argv(held, *common)))
-            for held in split_experts(model, count, replicas=1)
-        ]
+        workers = [launch(worker_argv(held, *common)) for held in split_experts(model, count, replicas=1)]
+        for each in workers:
+            cleanup.callback(each.stop)
+        for each in workers:
+            each.wait_listening(START_SECONDS)
+        yield workers
 
 
 @contextmanager
 def connected(
-    model: Path | ShapeFolder, endpoints: Sequence[str], local_links: bool, quantization: str = "int8"
+    model: Path | ShapeFolder,
+    endpoints: Sequence[str],
+    local_links: bool,
+    quantization: str = "int8",
+    follow: Callable[[Placement, Mapping[str, WorkerConnection]], None] = lambda _, __: None,
 ) -> Iterator[Gateway]:
-    """A dispatcher over the workers at ``endpoints``, wired as the engine's process wires it."""
+    """A dispatcher over the workers at ``endpoints``, wired as the engine's process wires it.
+
+    ``follow`` hears of workers and placements, too.
+    """
     groups = {"experts": {"endpoint": list(endpoints)}}
     config = Config.model_validate({"model": str(model), "quantization": quantization, "experts": groups})
     checkpoint = Checkpoint(model)
@@ -98,6 +109,7 @@ def connected(
     def handle(event: object) -> None:
         assert isinstance(event, View)
         dispatcher.follow(event.placement, event.workers)
+        follow(event.placement, event.workers)
 
     arithmetic = find_arithmetic(config, checkpoint.config)
     gate = MoELayer(checkpoint, checkpoint.config.expert_layers()[0], dispatcher, arithmetic, dispatcher.clock)

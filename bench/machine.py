@@ -32,6 +32,17 @@ def describe() -> dict[str, Any]:
     }
 
 
+def describe_gpus() -> list[dict[str, str]]:
+    """What the driver says of each GPU now, the clocks among it; nothing where there is no GPU."""
+    asked = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "memory.used")
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(asked, line.split(", "), strict=False)) for line in said.splitlines()]
+
+
 def cpu_seconds(pid: int) -> float:
     """In user code and in the system, of a process and its children."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -19,6 +19,9 @@ from consilium.errors import ConfigError
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+# A program's queues to the GPU: under MPS it has fewer than without unless it says how many. Streams that share one
+# wait for each other, also for one that waits for another process.
+QUEUES, USUAL_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", "8"
 DEFAULT_PIPES = "/tmp/nvidia-mps"  # noqa: S108 (NVIDIA's default)
 SECONDS = 10.0
 # A daemon that inherited a pipe would hold it open.
@@ -69,7 +72,7 @@ def running() -> Iterator[dict[str, str]]:
         except (OSError, subprocess.SubprocessError) as error:
             raise ConfigError(f"{CONTROL} -d does not start: {error}") from None
         try:
-            yield places
+            yield places | {QUEUES: os.environ.get(QUEUES, USUAL_QUEUES)}
         finally:
             _ask("quit", environ)
 

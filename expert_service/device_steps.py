@@ -25,6 +25,7 @@ from consilium.gpu.arena import ABORTED, BUCKETS, GATEWAY_SILENT, Arena, ArenaSh
 from consilium.gpu.device_memory import DeviceMemory
 from consilium.gpu.flags import meet, own_pairs, spins_in
 from consilium.link_packets import ArenaPacket, StepPacket
+from expert_service.device_arithmetic import leave
 from expert_service.layer_kernels import LayerKernels
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class DeviceSteps:
         self._kernels, self._device, self._admit = kernels, kernels.device, admit
         cuda = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if cuda else None
-        self._aside = torch.cuda.Stream(self._device) if cuda else None  # for what must not wait behind a step
+        # For what must not wait behind a step: streams of one priority may share one of the GPU's queues.
+        self._aside = torch.cuda.Stream(self._device, priority=-1) if cuda else None
+        self._apart = cuda and torch.cuda.device_count() > 1  # an arena may lie on another GPU
         self._opened: _Opened | None = None
         self._lock = threading.Lock()  # of what is opened: it must not be unmapped while it is aborted
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -82,14 +85,23 @@ class DeviceSteps:
                 try:
                     self._open(packet) if isinstance(packet, ArenaPacket) else self._step(packet)
                 except Exception as error:  # this one fails, later ones may not
-                    if not isinstance(error, ConsiliumError):
-                        logger.exception("a step on the device failed")
-                    if not isinstance(error, DeadlineExceeded):  # else ``broken`` says because of whom, and shall
-                        self._abort()
-                    answer(error)
+                    answer(self._give_up(error))
                 else:
                     answer((int((started - received) * 1e6), int((time.monotonic() - started) * 1e6)))
             self._let_go()
+
+    def _give_up(self, error: Exception) -> Exception:
+        """What to answer after ``error``; others wait no longer. Where the GPU itself failed this worker leaves."""
+        if not isinstance(error, ConsiliumError):
+            logger.error("a step on the device failed", exc_info=error)
+        try:
+            if isinstance(error, torch.AcceleratorError):
+                raise error
+            if not isinstance(error, DeadlineExceeded):  # else ``broken`` says because of whom, and shall
+                self._abort()
+        except torch.AcceleratorError as failure:
+            return leave(failure)
+        return error
 
     def _open(self, packet: ArenaPacket) -> None:
         """Map it, and try every kernel: what is loaded while others wait may wait for them. Raises WireError."""
@@ -104,7 +116,8 @@ class DeviceSteps:
         self._set_aside(opened.arena)  # loads that kernel, too
         for tokens in (each for each in BUCKETS if each <= shape.tokens):
             self._record(opened, tokens)
-        self._launch(opened, shape.tokens)
+        for tokens in larger_sizes(shape.tokens):
+            self._launch(opened, tokens)
         self._synchronize()
         with self._lock:
             self._opened = opened
@@ -157,9 +170,10 @@ class DeviceSteps:
             )
             table = self._kernels.table(layer)
             own_pairs(ids, arena.owners[number], table, own, arena.broken, worker=me, blame=1 << me)
-            rows = arena.rows[:tokens].to(self._device)  # from another GPU each row is fetched once
-            scales = arena.scales[:tokens].to(self._device) if rows.dtype is torch.int8 else None
-            self._kernels.launch(layer, rows, scales, own, out)
+            rows, scales = arena.rows[:tokens], arena.scales[:tokens]
+            if self._apart:  # each row is fetched once
+                rows, scales = rows.clone(), scales.clone()
+            self._kernels.launch(layer, rows, scales if rows.dtype is torch.int8 else None, own, out)
         meet(opened.base, arena.broken, tell=done, tell_at=len(self._kernels.layers))
 
     def _abort(self) -> None:
@@ -194,3 +208,12 @@ class DeviceSteps:
                 stack.enter_context(torch.cuda.device(self._device))
                 stack.enter_context(torch.cuda.stream(stream))
             yield
+
+
+def larger_sizes(most: int) -> Iterator[int]:
+    """Tokens of steps that are not recorded, up to ``most``: doublings, so that no tiling's kernels are missed."""
+    tokens = 2 * BUCKETS[-1]
+    while tokens < most:
+        yield tokens
+        tokens *= 2
+    yield most

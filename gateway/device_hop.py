@@ -62,7 +62,8 @@ class DeviceHop:
             self.arena.prepare()
             self._base = torch.zeros((), dtype=torch.int32, device=device)
         self._spins, self._milliseconds = spins_in(seconds, device), int(PATIENT * seconds * 1e3)
-        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Streams of one priority may share one of the GPU's queues, and then wait for each other.
+        self._aside = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.abort()  # loads that kernel: it may be needed while another one waits
         self.exchange(0)
 

@@ -23,6 +23,7 @@ from consilium.shared_memory import SharedMemory
 
 HANDLE = 64  # bytes, as CUDA's
 LAZY_PEER_ACCESS = 1
+BLOCK = 2**21  # bytes: smaller pieces lie beside others of this process, which would be shared with them
 _DESCRIPTOR = struct.Struct("<8sII")  # of a memfd: magic, process, descriptor
 _MAGIC = b"memfd\0\0\0"
 
@@ -63,30 +64,28 @@ class _Handle(ctypes.Structure):
     _fields_ = (("bytes", ctypes.c_ubyte * HANDLE),)
 
 
-class _Foreign:
-    """Memory that torch shall see as a tensor: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html"""
+def tensor_at(address: int, size: int, device: torch.device) -> Tensor:
+    """Bytes uint8 [size] that others keep, as memory of ``device``, which only has to reach them.
 
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (size,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-            "strides": None,
-        }
+    Left to itself torch calls them their owner's: then all that is done with another GPU's memory is done in that GPU's
+    streams, where it has no order with ours and cannot be part of a graph.
+    """
+    tensor = torch.empty(0, dtype=torch.uint8, device=device)
+    storage = torch._C._construct_storage_from_data_pointer(address, tensor.device, size)
+    return tensor.set_(storage)
 
 
 def _allocate_cuda(size: int, device: torch.device) -> DeviceMemory:
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes the context that libcuda's functions use
         address, handle = ctypes.c_uint64(), _Handle()
-        _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(-(-size // BLOCK) * BLOCK))
         try:
             _call("cuIpcGetMemHandle", ctypes.byref(handle), address)
         except WireError:
             _call("cuMemFree_v2", address)
             raise
-    tensor = torch.as_tensor(_Foreign(address.value, size), device=device).zero_()
+        tensor = tensor_at(address.value, size, device).zero_()
     torch.cuda.synchronize(device)
     return DeviceMemory(tensor, bytes(handle.bytes), lambda: _within(device, "cuMemFree_v2", address))
 
@@ -102,8 +101,7 @@ def _open_cuda(handle: bytes, size: int, device: torch.device) -> DeviceMemory:
             _call("cuMemGetAddressRange_v2", None, ctypes.byref(found), address)
             if found.value < size:
                 raise WireError(f"the device memory has {found.value} bytes where {size} are needed")
-            # Without a device: it lies on its owner's, and copying it to ours is not what is wanted.
-            memory.tensor = torch.as_tensor(_Foreign(address.value, size))
+            memory.tensor = tensor_at(address.value, size, device)
         except (WireError, RuntimeError):
             memory.close()
             raise

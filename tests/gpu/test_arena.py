@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
 import torch
 
-from consilium.errors import WireError
+from consilium.errors import InvalidRequest, NotReady, WireError
 from consilium.gpu.arena import ALIGNMENT, GATEWAY_SILENT, LINE, MOST_WORKERS, Arena, ArenaShape
+from consilium.gpu.device_memory import tensor_at
 from consilium.gpu.flags import meet, own_pairs
 from consilium.link_packets import ARENA, LENGTHS, STEP, ArenaPacket, StepPacket
+from expert_service import device_arithmetic
+from expert_service.device_steps import DeviceSteps, larger_sizes
 from gateway.device_hop import owners_of
 from gateway.placement import build_placement
 
@@ -83,3 +89,40 @@ def test_every_expert_has_one_owner_and_members_share_evenly() -> None:
     assert owners[:, :4].tolist() == [[0] * 4] * 2  # nobody else has them
     assert np.bincount(owners[0]).tolist() == [4, 4]
     assert owners_of(build_placement(held), ["b", "c"], layers, experts) is None
+
+
+def test_memory_that_others_keep_is_a_tensor_of_the_device_that_reaches_it(device: torch.device) -> None:
+    kept = torch.arange(16, dtype=torch.uint8, device=device)
+    with torch.inference_mode():
+        seen = tensor_at(kept.data_ptr(), 12, device)
+        assert (seen.device, seen.tolist()) == (kept.device, list(range(12)))
+        seen.view(torch.int32)[1] = -1
+    assert kept[3:9].tolist() == [3, 255, 255, 255, 255, 8]
+
+
+def test_larger_steps_are_tried_in_doublings() -> None:
+    assert list(larger_sizes(5)) == [5]
+    assert list(larger_sizes(512)) == [512]
+    assert list(larger_sizes(1500)) == [512, 1024, 1500]
+
+
+class FailedKernels:
+    """Of a GPU that has failed."""
+
+    device = torch.device("cpu")
+
+    @property
+    def layers(self) -> list[int]:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_gpu_that_fails_in_a_step_makes_its_worker_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, answers = list[tuple[int, int]](), SimpleQueue[Exception | tuple[int, int]]()
+    monkeypatch.setattr(device_arithmetic.os, "kill", lambda *given: told.append(given))
+    steps = DeviceSteps(FailedKernels(), lambda: None)  # type: ignore[arg-type]  # nothing else is reached
+    steps.submit(ArenaPacket(0, 2000, 7, b"h" * 64, SHAPE.pack()), answers.put)
+    assert isinstance(answers.get(timeout=30), NotReady)
+    assert told == [(os.getpid(), signal.SIGTERM)]
+    steps.submit(StepPacket(1, 0, 8), answers.put)
+    assert isinstance(answers.get(timeout=30), InvalidRequest)  # its thread goes on
+    steps.close(30)

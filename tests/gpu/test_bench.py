@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,27 @@ def test_kernels_beside_their_floor(
     assert figures["of_floor"] > 1
     assert json.dumps(figures)
     Console(quiet=True).print(gpu_experts.kernel_table("kernels", [figures]))
+
+
+HANGING = """
+import subprocess, sys, threading
+child = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
+print(child.pid, flush=True)
+
+def stuck_here():
+    threading.Event().wait()
+
+stuck_here()
+"""
+
+
+def test_a_section_that_takes_too_long_says_where_it_is_and_is_ended(capfd: pytest.CaptureFixture[str]) -> None:
+    assert gpu.run_apart([sys.executable, "-c", HANGING], 3.0, {}) is None
+    said = capfd.readouterr()
+    assert "in stuck_here" in said.err
+    state = Path(f"/proc/{int(said.out)}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert gpu.run_apart([sys.executable, "-c", "raise SystemExit(3)"], 30.0, {}) == 3
 
 
 def test_a_section_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,7 @@ def test_a_daemon_of_our_own_is_found_by_its_folders_and_ended(
     assert not mps.is_serving()
     with mps.shared("auto", fail) as environ:
         assert told() == [f"started in {environ[mps.PIPES]} with {environ[mps.LOGS]}"]
+        assert environ[mps.QUEUES] == mps.USUAL_QUEUES
         monkeypatch.setenv(mps.PIPES, environ[mps.PIPES])
         assert mps.is_serving()
         with mps.shared("auto", fail) as nothing:  # one is running already: it is not ours to end
