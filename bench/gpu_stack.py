@@ -70,7 +70,7 @@ def _stack(sizes: Sizes, device: torch.device, console: Console) -> Iterator[Sta
         most, wait = (MOST_TOY_TOKENS, 20 * WAIT_SECONDS) if toy else (MOST_TOKENS, WAIT_SECONDS)
         hops = DeviceHops(checkpoint.config, most, dtypes, device, wait)
         cleanup.callback(hops.close)  # after the workers have gone
-        workers = cleanup.enter_context(expert_workers(folder, 2, THREADS, "cuda"))
+        workers = cleanup.enter_context(expert_workers(folder, 2, THREADS, "cuda", "bench.random_worker"))
         console.log(f"two workers listen after {time.monotonic() - started:.0f} s")
         yield Stack(sizes, device, checkpoint, hops, [each.address for each in workers], console)
 

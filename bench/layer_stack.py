@@ -75,11 +75,14 @@ def random_layer(shape: LayerShape) -> Iterator[Path]:
 
 
 @contextmanager
-def expert_workers(model: Path | ShapeFolder, count: int, threads: int, device: str = "cpu") -> Iterator[list[Process]]:
-    """``count`` int8 workers that share the experts out evenly; they start side by side."""
+def expert_workers(
+    model: Path | ShapeFolder, count: int, threads: int, device: str = "cpu", module: str = "expert_service"
+) -> Iterator[list[Process]]:
+    """``count`` int8 workers, programs ``module``, that share the experts out evenly; they start side by side."""
     common = ["--model", str(model), "--threads", str(threads), "--device", device]
     with ExitStack() as cleanup:
-        workers = [launch(worker_argv(held, *common)) for held in split_experts(model, count, replicas=1)]
+        flags = [worker_argv(held, *common)[1:] for held in split_experts(model, count, replicas=1)]
+        workers = [launch([module, *each]) for each in flags]
         for each in workers:
             cleanup.callback(each.stop)
         for each in workers:

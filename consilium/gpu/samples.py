@@ -40,9 +40,9 @@ class Tokens:
     scales: Tensor | None  # [T]
 
 
-def random_layer(form: ExpertForm, experts: int, device: torch.device) -> Layer:
+def random_layer(form: ExpertForm, experts: int, device: torch.device, seed: int = 0) -> Layer:
     """Each expert has memory of its own."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(rows: int, columns: int) -> Tensor | Quantized:
         shape = (rows, columns)

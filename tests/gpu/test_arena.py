@@ -16,7 +16,6 @@ from consilium.gpu.arena import ALIGNMENT, GATEWAY_SILENT, LINE, MOST_WORKERS, A
 from consilium.gpu.device_memory import tensor_at
 from consilium.gpu.flags import meet, own_pairs
 from consilium.link_packets import ARENA, LENGTHS, STEP, ArenaPacket, StepPacket
-from expert_service import device_arithmetic
 from expert_service.device_steps import DeviceSteps, larger_sizes
 from gateway.device_hop import owners_of
 from gateway.placement import build_placement
@@ -118,7 +117,7 @@ class FailedKernels:
 
 def test_a_gpu_that_fails_in_a_step_makes_its_worker_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     told, answers = list[tuple[int, int]](), SimpleQueue[Exception | tuple[int, int]]()
-    monkeypatch.setattr(device_arithmetic.os, "kill", lambda *given: told.append(given))
+    monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
     steps = DeviceSteps(FailedKernels(), lambda: None)  # type: ignore[arg-type]  # nothing else is reached
     steps.submit(ArenaPacket(0, 2000, 7, b"h" * 64, SHAPE.pack()), answers.put)
     assert isinstance(answers.get(timeout=30), NotReady)
