@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import math
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from consilium import mps
 from consilium.errors import ConfigError
 
 ENDING_SECONDS = 10.0  # for a process to say where it is
+LEAST_SECONDS = 20.0  # in which a section can find anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--toy", action="store_true", help="tiny sizes, in Triton's interpreter")
+    parser.add_argument("--within", type=float, metavar="SECONDS", default=math.inf, help="for all of them")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if unknown := set(options.sections) - SECTIONS.keys():
@@ -121,17 +124,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.sections:
             run_section(name, options.toy)
         return 0
-    failed = [name for name in options.sections or SECTIONS if not _succeeds(name, options.toy)]
+    end = time.monotonic() + options.within
+    failed = [name for name in options.sections or SECTIONS if not _succeeds(name, options.toy, end)]
     print(f"failed: {', '.join(failed)}" if failed else "all sections are done", flush=True)
     return 1 if failed else 0
 
 
-def _succeeds(name: str, toy: bool) -> bool:
+def _succeeds(name: str, toy: bool, end: float) -> bool:
+    """``end`` is when no section may run any more, on time.monotonic's clock."""
     started, section = time.monotonic(), SECTIONS[name]
-    print(f"== {name}: at most {section.seconds:.0f} s, from {time.strftime('%H:%M:%S')} on", flush=True)
+    seconds = min(section.seconds, end - started - ENDING_SECONDS)
+    if seconds < LEAST_SECONDS:
+        print(f"== {name}: not begun, there is no time for it", flush=True)
+        return False
+    print(f"== {name}: at most {seconds:.0f} s, from {time.strftime('%H:%M:%S')} on", flush=True)
     argv = [sys.executable, "-m", "bench.gpu", "--here", name, *(["--toy"] if toy else [])]
     with sharing(section, toy) as environ:
-        status = run_apart(argv, section.seconds, environ)
+        status = run_apart(argv, seconds, environ)
     outcome = {0: "done", None: "ENDED, it took too long"}.get(status, f"FAILED ({status})")
     print(f"== {name}: {outcome}, {time.monotonic() - started:.0f} s", flush=True)
     return status == 0

@@ -189,7 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     weights = torch.bfloat16 if options.quantization == "none" else torch.int8
     form = ExpertForm(options.hidden, options.expert_size, rows, weights, torch.bfloat16)
     if device.type == "cuda":
-        tilings, processes = tilings_to_compile(form), min(16, os.cpu_count() or 1)
+        tilings = tilings_to_compile(form)
+        processes = max(1, min(16, os.cpu_count() or 1, len(tilings)))
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             failed = pool.starmap(compile_some, [(form, tilings[place::processes]) for place in range(processes)])
         print(f"compiled {len(tilings)} ways, {sum(failed)} of which take too much shared memory", flush=True)

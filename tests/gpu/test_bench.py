@@ -23,11 +23,11 @@ def test_kernels_beside_their_floor(
     device: torch.device, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples, "BATCHES", 1)
-    best = {"bytes_per_second": 1e9, "operations_per_second": {"int8": 1e12, "bfloat16": 1e12}}
+    best = {"bytes_per_second": 1e11, "operations_per_second": {"int8": 1e12, "bfloat16": 1e12}}
     (figures,) = gpu_experts.measure(SIZES, quantization, device, best)
     weights = 3 * SIZES.hidden * SIZES.expert_size * (1 if quantization == "int8" else 2)
     assert 2 * weights <= figures["bytes"] < 5 * (weights + 2**14)  # two to four experts, with rows and scales
-    assert figures["floor_seconds"] == pytest.approx(figures["bytes"] / 1e9)
+    assert figures["floor_seconds"] == pytest.approx(figures["bytes"] / 1e11)
     assert figures["of_floor"] > 1
     assert json.dumps(figures)
     Console(quiet=True).print(gpu_experts.kernel_table("kernels", [figures]))
@@ -52,6 +52,11 @@ def test_a_section_that_takes_too_long_says_where_it_is_and_is_ended(capfd: pyte
     state = Path(f"/proc/{int(said.out)}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
     assert gpu.run_apart([sys.executable, "-c", "raise SystemExit(3)"], 30.0, {}) == 3
+
+
+def test_a_section_for_which_there_is_no_time_is_not_begun(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["experts", "worker", "--toy", "--within", "1"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "failed: experts, worker"
 
 
 def test_a_section_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
