@@ -8,7 +8,6 @@ Letters: T rows of the step, S sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from gateway.kv_cache import blocks_for
 BUCKETS = arena.BUCKETS  # rows that a graph is made for; those of workers, too
 # Partial results of attention, rows by chunks, that there is memory for; else a program walks through all chunks.
 MOST_PARTIALS = 8192
+ALIGNED = 4  # of how many numbers the places are multiples where a kind begins: a kernel is compiled anew for others
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,11 @@ class StepShape:
     tiling: Tiling
     per_tile: int  # query positions of a tile
 
-    def parts(self) -> list[int]:
-        """How many numbers there are of each kind: tokens, positions, slots, tiles, pages, how many tokens count."""
-        return [self.rows] * 3 + [TILE * self.tiles, self.sequences * self.blocks, 1]
+    def places(self) -> list[slice]:
+        """Where the numbers of each kind lie: tokens, positions, slots, tiles, pages, how many tokens count."""
+        sizes = [self.rows] * 3 + [TILE * self.tiles, self.sequences * self.blocks, 1]
+        starts = np.cumsum([0, *(-(-size // ALIGNED) * ALIGNED for size in sizes)]).tolist()
+        return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,9 @@ def fits_a_graph(batch: StepRows) -> bool:
 
 def numbers_of(batch: StepRows, shape: StepShape) -> NDArray[np.int32]:
     """All numbers of a step, one kind after the other, as ``view`` takes them apart."""
-    numbers = np.zeros(sum(shape.parts()), np.int32)
-    tokens, positions, slots, tiles, pages, live = _split(numbers, shape)
+    places = shape.places()
+    numbers = np.zeros(places[-1].stop, np.int32)
+    tokens, positions, slots, tiles, pages, live = (numbers[place] for place in places)
     tile, table = 0, tiles.reshape(-1, TILE)
     tokens[: len(batch.tokens)], live[0] = batch.tokens.numpy(), len(batch.tokens)
     for number, segment in enumerate(batch.segments):
@@ -108,7 +111,7 @@ def numbers_of(batch: StepRows, shape: StepShape) -> NDArray[np.int32]:
 
 def view(numbers: Tensor, shape: StepShape) -> DeviceStep:
     """The step whose ``numbers`` int32 lie on the device."""
-    tokens, positions, slots, tiles, pages, live = numbers.split(shape.parts())
+    tokens, positions, slots, tiles, pages, live = (numbers[place] for place in shape.places())
     table, places = tiles.view(-1, TILE), pages.view(-1, shape.blocks)
     found = Tiles(table, places, positions, shape.chunks, shape.split, shape.tiling)
     return DeviceStep(tokens, positions, slots, found, live)
@@ -118,8 +121,3 @@ def to_device(numbers: NDArray[np.int32], device: torch.device) -> Tensor:
     """A copy on the device, without waiting for it."""
     host = torch.from_numpy(numbers)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-def _split(numbers: NDArray[np.int32], shape: StepShape) -> list[NDArray[np.int32]]:
-    ends = np.cumsum([0, *shape.parts()])
-    return [numbers[first:end] for first, end in pairwise(ends)]
