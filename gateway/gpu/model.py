@@ -38,7 +38,7 @@ from gateway.sequence import Sequence
 from gateway.stage_clock import StageClock
 
 T = TypeVar("T")
-WARM_ROWS = (1, 24, 200)  # for each of the products' tiles
+WARM_ROWS = (1, 24, 200, 400)  # for each of the tiles of products and of the gate
 Run = Callable[[Hashable, Callable[[], T]], T]
 
 

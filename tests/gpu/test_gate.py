@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from consilium.gate import Routing, softmax_top_k
 from consilium.kernels import sampling as cpu
 from gateway.batches import ExpertOutputs
 from gateway.batches import combine as combine_on_cpu
+from gateway.gpu import gate as gate_module
 from gateway.gpu.combine import combine
 from gateway.gpu.gate import route
 from gateway.gpu.sampling import draw, largest
@@ -27,8 +29,9 @@ def routed(x: Tensor, gate: Tensor, top_k: int, device: torch.device, *, normali
     return ids.cpu(), weights.cpu()
 
 
-def test_gate_chooses_and_weighs(device: torch.device) -> None:
-    x, gate = random(18, 72), random(6, 72, seed=1) / 8
+@pytest.mark.parametrize("size", [72, 520], ids=["one part", "parts"])
+def test_gate_chooses_and_weighs(device: torch.device, size: int) -> None:
+    x, gate = random(18, size), random(6, size, seed=1) / size**0.5
     gate[3], gate[5] = gate[1], gate[1]  # ties go to the lower id
     for normalize in (True, False):
         ids, weights = routed(x, gate, 2, device, normalize=normalize)
@@ -38,6 +41,20 @@ def test_gate_chooses_and_weighs(device: torch.device) -> None:
     alone = routed(x[17:], gate, 2, device, normalize=False)
     assert torch.equal(alone[0], ids[17:])
     assert torch.equal(alone[1], weights[17:])
+
+
+def test_the_tile_of_many_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "MANY", gate_module.Tile(32, 32, 32, 8))
+    monkeypatch.setattr(gate_module, "MOST_FEW", 4)
+    x, gate = random(40, 300), random(36, 300, seed=1) / 16
+    ids, weights = routed(x, gate, 3, device, normalize=True)
+    exact = softmax_top_k((x.double() @ gate.double().T).float(), 3, normalize=True)
+    assert torch.equal(ids.long(), exact.ids)
+    torch.testing.assert_close(weights, exact.weights, rtol=1e-5, atol=1e-6)
+    few, few_weights = routed(x[38:], gate, 3, device, normalize=True)
+    assert torch.equal(few, ids[38:])
+    if device.type == "cuda":  # the interpreter's sums are those of a library
+        assert torch.equal(few_weights, weights[38:])
 
 
 def test_a_row_that_is_not_finite_gets_the_first_experts_and_no_weights(device: torch.device) -> None:
