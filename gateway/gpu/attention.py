@@ -30,7 +30,7 @@ def attend(queries: Tensor, shape: HeadShape, pages: LayerPages, tiles: Tiles, w
     rows, device, tiling = len(queries), queries.device, tiles.tiling
     sums = torch.empty(rows, shape.heads, tiles.partials, shape.size, device=device)
     heads = torch.empty(rows, shape.heads, tiles.partials, 2, device=device)  # largest score, and total
-    positions = tiling.positions(shape)
+    positions, half = tiling.positions(shape), pages.keys.dtype is torch.bfloat16
     _attend[(len(tiles.table), shape.kv_heads, tiles.partials)](
         queries,
         *pages,
@@ -50,8 +50,8 @@ def attend(queries: Tensor, shape: HeadShape, pages: LayerPages, tiles: Tiles, w
         CHUNK=tiling.chunk,
         WINDOW=window,
         SPLIT=tiles.split,
-        HALF=pages.keys.dtype is torch.bfloat16,
-        OPERAND=tl.bfloat16 if pages.keys.dtype is torch.bfloat16 and not INTERPRETED else tl.float32,
+        ROUND=half and INTERPRETED,
+        OPERAND=tl.bfloat16 if half and not INTERPRETED else tl.float32,
         PAGE=PAGE,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
@@ -118,13 +118,13 @@ def _attend(
     CHUNK: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
-    HALF: tl.constexpr,
+    ROUND: tl.constexpr,
     OPERAND: tl.constexpr,
     PAGE: tl.constexpr,
 ) -> None:
     """One tile of queries with one key-value head: all chunks, or the one of program_id(2)."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    own = tiles + tl.program_id(0) * 4
+    own = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 4  # the last ones of a prompt have most to do: first
     row, count, position = tl.load(own).to(tl.int64), tl.load(own + 1), tl.load(own + 2)
     table = pages + tl.load(own + 3).to(tl.int64) * width
     kv_head = tl.program_id(1)
@@ -164,7 +164,7 @@ def _attend(
             p = tl.exp2(scores - base[:, None])
             shrink = tl.exp2(largest - base)
             weight = weight * shrink + tl.sum(p, axis=1)
-            if HALF:
+            if ROUND:  # which the interpreter's own cast does not
                 p = (bfloat16_bits(p).to(tl.int32) << 16).to(tl.float32, bitcast=True)
             v = tl.load(values + lines[:, None] + depth[None, :], mask=there, other=0.0).to(OPERAND)
             values_sum = values_sum * shrink[:, None] + tl.dot(p.to(OPERAND), v, input_precision="ieee")
@@ -205,7 +205,7 @@ def _merge(
     found = tl.full((BLOCK_HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_HEADS,), tl.float32)
     sums = tl.zeros((BLOCK_HEADS, BLOCK), tl.float32)
-    for part in range(first, end):
+    for part in tl.range(first, end, num_stages=4):
         place = (row * HEADS + head) * parts + part
         largest = tl.load(heads_in + place * 2, mask=head < HEADS, other=float("-inf"))
         weight = tl.load(heads_in + place * 2 + 1, mask=head < HEADS, other=0.0)

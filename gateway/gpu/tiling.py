@@ -22,7 +22,7 @@ class Tiling:
     keys: int = 64  # positions at a time
     chunk: int = 256  # positions
     warps: int = 4
-    stages: int = 2
+    stages: int = 5  # where a page is comes before what it has: two tiles of keys and values are in flight
 
     def positions(self, shape: HeadShape) -> int:
         """Query positions of one tile."""
