@@ -24,10 +24,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By the most rows they are for. Few rows: as many programs as possible read the weights.
+# By the most rows they are for. Few rows: as many programs as possible read the weights, and each has much in flight.
 TILES: dict[int, Tile] = {
-    16: Tile(16, 32, 256, 4, 4),
-    64: Tile(64, 32, 128, 4, 4),
+    16: Tile(16, 16, 512, 4, 4),
+    64: Tile(64, 32, 256, 4, 4),
+    256: Tile(64, 64, 128, 4, 4),
     2**31: Tile(128, 128, 128, 8, 3),
 }
 

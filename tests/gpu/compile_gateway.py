@@ -62,11 +62,15 @@ def keys_and_values(dtype: torch.dtype) -> LayerPages:
     return LayerPages(*(torch.empty(4, SHAPE.kv_heads, PAGE, SHAPE.size, dtype=dtype) for _ in range(2)))
 
 
-def gate_and_sampling() -> None:
-    """From the normed rows to experts, from their outputs to the stream, and from logits to tokens."""
-    ids, weights = ints(2, TOP_K), torch.empty(2, TOP_K)
-    x = torch.empty(2, HIDDEN)
-    route(x, torch.empty(EXPERTS, HIDDEN), normalize=True, ids=ids, weights=weights)
+def gate(rows: int) -> None:
+    """From the normed rows to experts."""
+    ids, weights = ints(rows, TOP_K), torch.empty(rows, TOP_K)
+    route(torch.empty(rows, HIDDEN), torch.empty(EXPERTS, HIDDEN), normalize=True, ids=ids, weights=weights)
+
+
+def combining_and_sampling() -> None:
+    """From experts' outputs to the stream, and from logits to tokens."""
+    x, weights = torch.empty(2, HIDDEN), torch.empty(2, TOP_K)
     for dtype in (torch.bfloat16, torch.float32):
         combine(x, torch.empty(2 * TOP_K, HIDDEN, dtype=dtype), weights)
     logits = torch.empty(2, VOCABULARY)
@@ -77,16 +81,18 @@ def gate_and_sampling() -> None:
 def main() -> None:
     """Compile everything once."""
     with compiling() as found:
-        for rows in (1, 40, 100):
+        for rows in (1, 40, 100, 300):
             rows_and_products(rows)
+        for rows in (2, 300):
+            gate(rows)
         heads(torch.bfloat16)
         attention(INVARIANT[0], torch.bfloat16, 0, split=True)
         attention(INVARIANT[1], torch.bfloat16, 4096, split=False)
         attention(FAST[0], torch.bfloat16, 0, split=True)
         attention(FAST[1], torch.bfloat16, 0, split=False)
         attention(FLOAT32[0], torch.float32, 0, split=True)
-        gate_and_sampling()
-    assert len(TILES) == 3, "a product for every tile"
+        combining_and_sampling()
+    assert len(TILES) == 4, "a product for every tile"
     for each in found:
         ptx = each.asm["ptx"]
         if each.metadata.shared > SHARED_MEMORY:
