@@ -47,6 +47,15 @@ def load_part(pointers: tl.tensor, place: tl.tensor, SIZE: tl.constexpr, BLOCK: 
 
 
 @jit
+def load_rows(
+    pointers: tl.tensor, there: tl.tensor, place: tl.tensor, SIZE: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """As load_part, of the rows that are ``there`` [M]: the others are zeros, which takes no reading."""
+    mask = there[:, None] if SIZE % BLOCK == 0 else there[:, None] & (place < SIZE)
+    return tl.load(pointers, mask=mask, other=0)
+
+
+@jit
 def scaled(
     sums: tl.tensor,
     x_scales: tl.tensor,
@@ -122,7 +131,7 @@ def gate_up(
         gates = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
         ups = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
         for start in range(0, D, BLOCK_K):
-            part = load_part(x_part + start, start + k[None, :], D, BLOCK_K)
+            part = load_rows(x_part + start, m < last, start + k[None, :], D, BLOCK_K)
             gates = add_products(gates, part, load_part(gate + start, start + k[:, None], D, BLOCK_K), DOT)
             ups = add_products(ups, part, load_part(up + start, start + k[:, None], D, BLOCK_K), DOT)
         scales = tl.load(x_scales + rows) if INTEGER else 0.0
@@ -190,7 +199,7 @@ def down(
         w_part = matrix(table, expert, DOWN, W) + column[None, :] * F + k[:, None]
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
         for start in range(0, F, BLOCK_K):
-            part = load_part(x_part + start, start + k[None, :], F, BLOCK_K)
+            part = load_rows(x_part + start, inside, start + k[None, :], F, BLOCK_K)
             if TILES > 0:
                 part = quantize(part, scale[:, None].broadcast_to(part.shape))
             sums = add_products(sums, part, load_part(w_part + start, start + k[:, None], F, BLOCK_K), DOT)
