@@ -49,11 +49,11 @@ Tilings = Sequence[tuple[Batch, Tiling]]
 _FEW = Blocks(32, 256, 4, 4)  # narrow tiles: few experts must keep all multiprocessors busy
 _SOME = Blocks(64, 128, 4, 4)
 INTEGER_TILINGS: Tilings = (  # before anything was measured
-    (Batch(8, 1), Tiling(16, _FEW, _FEW)),
+    (Batch(8, 1), Tiling(16, _FEW, Blocks(64, 256, 4, 4))),
     (Batch(128, 4), Tiling(16, _SOME, _SOME)),
     (Batch(128, 32), Tiling(32, Blocks(64, 128, 4, 3), Blocks(128, 128, 4, 3), quantize_first=True)),
     (Batch(128, 64), Tiling(64, Blocks(64, 128, 4, 3), Blocks(128, 128, 4, 3), quantize_first=True)),
-    (Batch(128, 256), Tiling(128, Blocks(64, 128, 8, 3), Blocks(128, 128, 8, 3), quantize_first=True)),
+    (Batch(128, 256), Tiling(128, Blocks(64, 128, 4, 3), Blocks(128, 128, 8, 3), quantize_first=True)),
 )
 HALF_TILINGS: Tilings = ((Batch(128, 8), Tiling(32, Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3))),)
 # No matrix unit has float32: wider tiles have no registers.

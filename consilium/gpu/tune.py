@@ -30,7 +30,8 @@ FLOAT_TOKENS = (1, 64, 1024)  # what one tiling must serve
 TILE_ROWS = (16, 32, 64, 128)
 COLUMNS = (32, 64, 128)
 MOST_QUANTIZED_WITHIN = 32  # rows of a tile; beyond that hidden rows are quantized by a kernel of their own
-LARGEST_TILE = 128 * 128 * 2  # of what a program sums up, gate and up: more has no registers
+WIDE_TILE = 128 * 128  # of what a program sums up, gate and up: more has no registers with four warps
+LARGEST_TILE = 2 * WIDE_TILE  # nor with eight
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,18 @@ def candidates(form: ExpertForm, block_m: int, products: int) -> list[Blocks]:
     found = []
     for n in COLUMNS:
         for k in (64, 128, 256) if form.rows is torch.int8 else (32, 64, 128):
-            warps = 8 if block_m * n * products >= 128 * 128 else 4
-            stages = 4 if k * (block_m + n * products) * form.weights.itemsize <= 2**15 else 3
+            # With three stages of 32 KiB two programs share a multiprocessor: one multiplies while the other one ends.
+            stages = 4 if k * (block_m + n * products) * form.weights.itemsize < 2**15 else 3
             if block_m * n * products <= LARGEST_TILE and k * n <= 2**14 and k <= 2 * form.hidden_size:
-                found.append(Blocks(n, k, warps, stages))
+                found += [Blocks(n, k, warps, stages) for warps in _warps(form, block_m * n * products)]
     return found
+
+
+def _warps(form: ExpertForm, sums: int) -> tuple[int, ...]:
+    """Of a program that sums up so much: at most 128 registers of a thread are for that."""
+    if sums < WIDE_TILE:
+        return (4,)
+    return (4, 8) if sums == WIDE_TILE and form.rows is torch.int8 else (8,)
 
 
 def tilings_to_compile(form: ExpertForm) -> list[Tiling]:
