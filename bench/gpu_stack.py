@@ -20,6 +20,7 @@ from bench.gpu_decode import QWEN3, TOY, Sizes, decode, fill, prompt, release, s
 from bench.gpu_texts import Texts, device_model, random_text
 from bench.layer_stack import Gateway, connected, expert_workers
 from consilium.checkpoint import Checkpoint
+from consilium.errors import ConsiliumError
 from consilium.models import resolve_model
 from gateway.device_hop import DeviceHop
 from gateway.device_hops import DeviceHops
@@ -45,20 +46,29 @@ class Stack:
 
 
 def run(toy: bool, console: Console, keep: Callable[[Mapping[str, Any]], None]) -> None:
-    """Raises RuntimeError where a way has other bits, or where steps left it."""
+    """Raises RuntimeError where a way fails, has other bits than the others, or where steps left it."""
     sizes = replace(TOY, prompts=(12,)) if toy else replace(QWEN3, prompts=(512, 2048))
-    device, found, bits = torch.device("cpu" if toy else "cuda"), dict[str, dict[str, Any]](), dict[str, Tensor]()
+    device, bits = torch.device("cpu" if toy else "cuda"), dict[str, Tensor]()
+    found, wrong = dict[str, dict[str, list[Any]]](), dict[str, str]()
     with _stack(sizes, device, console) as stack:
         for way in WAYS:
             found[way] = {}
-            for part, figures in _measure(stack, way, bits):
-                found[way].setdefault(part, []).append(figures)
-                console.log(f"{way}, {part}: {told(figures)}")
-                keep({"layers": stack.checkpoint.config.num_layers, "ways": found})
+            try:
+                for part, figures in _measure(stack, way, bits):
+                    found[way].setdefault(part, []).append(figures)
+                    console.log(f"{way}, {part}: {told(figures)}")
+                    keep({"layers": stack.checkpoint.config.num_layers, "ways": found})
+            except torch.AcceleratorError:
+                raise  # nothing more can be done with this GPU here
+            except (ConsiliumError, RuntimeError) as error:
+                wrong[way] = f"{type(error).__name__}: {error}"
+                console.log(f"{way}: {wrong[way]}")
+            keep({"wrong": wrong})
             console.print(speed_table(f"{sizes.model}, experts in two workers, {way}", found[way]))
-            if not torch.equal(bits[way], bits[WAYS[0]]):
-                raise RuntimeError(f"by {way} hidden states have other bits than by {WAYS[0]}")
             release(device)
+    odd = [way for way in bits if not torch.equal(bits[way], next(iter(bits.values())))]
+    if odd or wrong:
+        raise RuntimeError(f"other bits than by {next(iter(bits), None)}: {odd}; not measured: {wrong}")
 
 
 @contextmanager

@@ -60,19 +60,25 @@ class Texts:
         return Text(Sequence.start(request), self.pool.allocate(capacity, capacity))
 
     def step(self, parts: list[tuple[Text, int]]) -> Tensor:
-        """The hidden states [T, D] of so many further tokens of each text."""
+        """The hidden states [T, D] of so many further tokens of each text. Raises RuntimeError where a row fails."""
         tokens: list[int] = []
         segments: list[Segment] = []
         for text, count in parts:
             segments.append(Segment(text.cache, len(tokens), count, text.computed))
             tokens += text.sequence.tokens[text.computed : text.computed + count]
             text.computed += count
-        return self.drive(self.model.forward(self.model.batch(tokens, segments)))  # type: ignore[arg-type]  # its own
+        batch = self.model.batch(tokens, segments)
+        hidden = self.drive(self.model.forward(batch))  # type: ignore[arg-type]  # its own
+        for row, error in batch.failures.items():
+            raise RuntimeError(f"{len(batch.failures)} of {len(tokens)} rows failed; row {row}: {error}")
+        return hidden
 
     def decode(self, texts: list[Text]) -> Tensor:
         """One more token for each text, and the hidden states [T, D] that it was chosen by."""
         hidden = self.step([(text, 1) for text in texts])
         chosen = self.model.choose(self.model.logits(hidden), [text.sequence for text in texts], ())
+        if min(chosen) < 0:
+            raise RuntimeError("logits are not finite")
         for text, token in zip(texts, chosen, strict=True):
             text.sequence.append(token, ())
         return hidden
