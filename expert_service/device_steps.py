@@ -30,6 +30,9 @@ from expert_service.layer_kernels import LayerKernels
 
 logger = logging.getLogger(__name__)
 
+# Whoever begins to record waits for the whole device, which spoils what another link's thread is recording.
+_RECORDING = threading.Lock()
+
 Answer = Callable[[Exception | tuple[int, int]], object]  # what went wrong, or µs in the queue and µs of computing
 Task = tuple[ArenaPacket | StepPacket, Answer, float]  # and when it came
 
@@ -147,7 +150,8 @@ class DeviceSteps:
         graph = torch.cuda.CUDAGraph()
         pool = next((each.pool() for each in opened.graphs.values()), None)
         # Other threads compute, too: what they allocate meanwhile is no business of this graph.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        with _RECORDING, recording:
             self._launch(opened, tokens)
         opened.graphs[tokens] = graph
 

@@ -109,8 +109,9 @@ def _open_cuda(handle: bytes, size: int, device: torch.device) -> DeviceMemory:
 
 
 def _within(device: torch.device, name: str, *arguments: Any) -> None:
+    """Without waiting for the whole device: another thread may be recording a graph, which that would spoil."""
     with torch.cuda.device(device):
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
         _call(name, *arguments)
 
 
