@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 # Whoever begins to record waits for the whole device, which spoils what another link's thread is recording.
 _RECORDING = threading.Lock()
 
+Streams = tuple[torch.cuda.Stream, torch.cuda.Stream]
+FREE: list[Streams] = []  # of links that have ended
+
 Answer = Callable[[Exception | tuple[int, int]], object]  # what went wrong, or µs in the queue and µs of computing
 Task = tuple[ArenaPacket | StepPacket, Answer, float]  # and when it came
 
@@ -57,9 +60,9 @@ class DeviceSteps:
         """``admit`` raises ExpertUnavailable when this worker takes nothing new."""
         self._kernels, self._device, self._admit = kernels, kernels.device, admit
         cuda = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if cuda else None
-        # For what must not wait behind a step: streams of one priority may share one of the GPU's queues.
-        self._aside = torch.cuda.Stream(self._device, priority=-1) if cuda else None
+        streams = take_streams(self._device) if cuda else (None, None)
+        self._stream: torch.cuda.Stream | None = streams[0]
+        self._aside: torch.cuda.Stream | None = streams[1]
         self._apart = cuda and torch.cuda.device_count() > 1  # an arena may lie on another GPU
         self._opened: _Opened | None = None
         self._lock = threading.Lock()  # of what is opened: it must not be unmapped while it is aborted
@@ -92,6 +95,8 @@ class DeviceSteps:
                 else:
                     answer((int((started - received) * 1e6), int((time.monotonic() - started) * 1e6)))
             self._let_go()
+        if self._stream is not None and self._aside is not None:
+            FREE.append((self._stream, self._aside))
 
     def _give_up(self, error: Exception) -> Exception:
         """What to answer after ``error``; others wait no longer. Where the GPU itself failed this worker leaves."""
@@ -212,6 +217,18 @@ class DeviceSteps:
                 stack.enter_context(torch.cuda.device(self._device))
                 stack.enter_context(torch.cuda.stream(stream))
             yield
+
+
+def take_streams(device: torch.device) -> Streams:
+    """For a link's steps, and for what must not wait behind one: nobody else's.
+
+    torch has 32 streams of each priority, then hands the first ones out again, and those of one priority may share one
+    of the GPU's queues. Frames have the usual priority.
+    """
+    if FREE:
+        return FREE.pop()
+    steps, aside = (torch.cuda.Stream(device, priority=priority) for priority in (-1, -2))
+    return steps, aside
 
 
 def larger_sizes(most: int) -> Iterator[int]:

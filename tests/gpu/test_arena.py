@@ -16,7 +16,8 @@ from consilium.gpu.arena import ALIGNMENT, GATEWAY_SILENT, LINE, MOST_WORKERS, A
 from consilium.gpu.device_memory import tensor_at
 from consilium.gpu.flags import meet, own_pairs
 from consilium.link_packets import ARENA, LENGTHS, STEP, ArenaPacket, StepPacket
-from expert_service.device_steps import DeviceSteps, larger_sizes
+from expert_service import device_steps
+from expert_service.device_steps import DeviceSteps, larger_sizes, take_streams
 from gateway.device_hop import owners_of
 from gateway.placement import build_placement
 
@@ -103,6 +104,22 @@ def test_larger_steps_are_tried_in_doublings() -> None:
     assert list(larger_sizes(5)) == [5]
     assert list(larger_sizes(512)) == [512]
     assert list(larger_sizes(1500)) == [512, 1024, 1500]
+
+
+def test_streams_of_links_are_nobody_elses_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[int]()
+
+    def make(_: torch.device, priority: int) -> int:
+        made.append(priority)
+        return len(made)
+
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(device_steps, "FREE", [])
+    first, other = (take_streams(torch.device("cuda")) for _ in range(2))
+    assert [str(each) for each in (*first, *other)] == ["1", "2", "3", "4"]
+    assert made == [-1, -2] * 2  # those of frames have none
+    device_steps.FREE.append(first)
+    assert take_streams(torch.device("cuda")) == first
 
 
 class FailedKernels:
