@@ -23,7 +23,7 @@ from consilium.gpu.samples import Layer, Tokens, random_layer, random_tokens
 from consilium.gpu.sort import Groups, sort_pairs
 from consilium.gpu.tiling import Batch, Blocks, Tiling, Tilings, batch_of
 from consilium.gpu.timing import seconds_of
-from consilium.gpu.tuned import keep
+from consilium.gpu.tuned import keep, table_path
 
 TOKENS = (1, 8, 32, 64, 128, 512, 4096)
 FLOAT_TOKENS = (1, 64, 1024)  # what one tiling must serve
@@ -98,8 +98,14 @@ def _room(layer: Layer, tokens: Tokens) -> torch.Tensor:
     return torch.empty(pairs, layer.form.hidden_size, dtype=layer.form.replies, device=tokens.ids.device)
 
 
-def tune(layer: Layer, per_token: int, sizes: Sequence[int], tell: Callable[[str], object]) -> Tilings:
-    """For integers the best tiling for each number of tokens, for floats one for all of them."""
+def tune(
+    layer: Layer,
+    per_token: int,
+    sizes: Sequence[int],
+    tell: Callable[[str], object],
+    save: Callable[[Tilings], object],
+) -> None:
+    """For integers the best tiling for each number of tokens, for floats one for all; saved as they are found."""
     experts = len(layer.experts)
     batches = [batch_of(size * per_token, experts) for size in sizes]
     together = (
@@ -112,7 +118,7 @@ def tune(layer: Layer, per_token: int, sizes: Sequence[int], tell: Callable[[str
         tiling, seconds = _best(layer, per_token, counts)
         found.append((some[0], tiling))
         tell(f"{'/'.join(map(str, counts))} tokens: {tiling}, {'/'.join(f'{each * 1e6:.0f}' for each in seconds)} us")
-    return found
+        save(found)
 
 
 def _best(layer: Layer, per_token: int, counts: Sequence[int]) -> tuple[Tiling, list[float]]:
@@ -205,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         layer = random_layer(form, options.experts, device)
         sizes = options.tokens or (TOKENS if rows is torch.int8 else FLOAT_TOKENS)
-        found = tune(layer, options.top_k, sizes, partial(print, flush=True))
-    print(f"kept in {keep(form, device, found)}")
+        tune(layer, options.top_k, sizes, partial(print, flush=True), partial(keep, form, device))
+    print(f"kept in {table_path(device)}")
     return 0
 
 
