@@ -19,7 +19,7 @@ from consilium.errors import ConfigError
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-# A program's queues to the GPU: under MPS it has fewer than without unless it says how many. Streams that share one
+# A program's queues to the GPU, of which MPS shares out one pool: as many as it asks for. Streams that share a queue
 # wait for each other, also for one that waits for another process.
 QUEUES, USUAL_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS", "8"
 DEFAULT_PIPES = "/tmp/nvidia-mps"  # noqa: S108 (NVIDIA's default)
