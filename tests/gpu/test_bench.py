@@ -35,7 +35,7 @@ def test_kernels_beside_their_floor(
 
 HANGING = """
 import subprocess, sys, threading
-child = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
+child = subprocess.Popen([sys.executable, "-I", "-c", "import threading; threading.Event().wait()"])
 print(child.pid, flush=True)
 
 def stuck_here():
