@@ -24,7 +24,7 @@ from gateway.kv_cache import blocks_for
 BUCKETS = arena.BUCKETS  # rows that a graph is made for; those of workers, too
 # Partial results of attention, rows by chunks, that there is memory for; else a program walks through all chunks.
 MOST_PARTIALS = 8192
-ALIGNED = 4  # of how many numbers the places are multiples where a kind begins: a kernel is compiled anew for others
+ALIGNED = 4  # int32: kernels are compiled for tensors that begin at multiples of 16 bytes, and anew for others
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class StepShape:
     def places(self) -> list[slice]:
         """Where the numbers of each kind lie: tokens, positions, slots, tiles, pages, how many tokens count."""
         sizes = [self.rows] * 3 + [TILE * self.tiles, self.sequences * self.blocks, 1]
-        starts = np.cumsum([0, *(-(-size // ALIGNED) * ALIGNED for size in sizes)]).tolist()
+        starts = np.cumsum([0, *map(aligned, sizes)]).tolist()
         return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
@@ -56,6 +56,11 @@ class DeviceStep:
     slots: Tensor  # [T] int32: where the row's key and value go
     tiles: Tiles
     live: Tensor  # [1] int32: rows that are not there to fill up a graph
+
+
+def aligned(numbers: int) -> int:
+    """So many numbers, or a few more, so that what comes next begins where kernels are compiled for."""
+    return -(-numbers // ALIGNED) * ALIGNED
 
 
 def paged(segment: Segment) -> PagedCache:

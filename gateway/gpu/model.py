@@ -23,7 +23,7 @@ from gateway.device_hops import DeviceHops, DeviceWorker
 from gateway.expert_meter import ExpertMeter
 from gateway.gate_policy import GatePolicy
 from gateway.gpu.arena_experts import ArenaExperts
-from gateway.gpu.batch import DeviceStep, StepShape, fits_a_graph, numbers_of, shape_of, to_device, view
+from gateway.gpu.batch import DeviceStep, StepShape, aligned, fits_a_graph, numbers_of, shape_of, to_device, view
 from gateway.gpu.choose import choose, warm_up
 from gateway.gpu.combine import combine
 from gateway.gpu.experts import ExpertHalf
@@ -204,8 +204,10 @@ class DeviceModel:
         return layer.forward(x, step, self._turns, self.pool.layer(layer.number), ids)
 
     def _room_for_ids(self, rows: int) -> Tensor:
-        """[L, T, K] where nobody asks for any expert yet; L are all layers."""
-        return torch.full((len(self._layers), rows, self._top_k), -1, dtype=torch.int32, device=self._device)
+        """[L, T, K] where nobody asks for any expert yet; L are all layers, each ALIGNED."""
+        pairs = rows * self._top_k
+        room = torch.full((len(self._layers), aligned(pairs)), -1, dtype=torch.int32, device=self._device)
+        return room[:, :pairs].view(-1, rows, self._top_k)
 
     def _last_norm(self, x: Tensor) -> Tensor:
         hidden = torch.empty_like(x)

@@ -104,6 +104,6 @@ def test_a_step_with_prompts_has_the_size_that_it_has() -> None:
     step = view(torch.from_numpy(numbers_of(batch, shape)), shape)
     assert step.tiles.table[-2:].tolist() == [[24, 1, 54, 0], [25, 1, 4, 1]]
     assert step.slots.tolist()[:2] == [own(long)[1] * PAGE + 14, own(long)[1] * PAGE + 15]
-    kinds = (step.tokens, step.positions, step.slots, step.tiles.table, step.tiles.pages)
-    assert [each.storage_offset() % 4 for each in kinds] == [0] * 5  # of 16 bytes: kernels are made for that
+    kinds = (step.tokens, step.positions, step.slots, step.tiles.table, step.tiles.pages, step.live)
+    assert [each.storage_offset() % 4 for each in kinds] == [0] * 6  # of 16 bytes: kernels are made for that
     assert not fits_a_graph(StepRows(torch.arange(BUCKETS[-1] + 1), [batch.segments[0]] * (BUCKETS[-1] + 1)))
