@@ -51,6 +51,7 @@ class Section:
 
 SECTIONS = {  # in the order in which they run
     "experts": Section("bench.gpu_experts", 300),
+    "layer": Section("bench.gpu_layer", 300),
     "hop": Section("bench.gpu_hop", 240, shared=True),
     "decode": Section("bench.gpu_decode", 300),
     "stack": Section("bench.gpu_stack", 300, shared=True),

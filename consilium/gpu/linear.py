@@ -33,11 +33,21 @@ TILES: dict[int, Tile] = {
 }
 
 
-def linear(x: Quantized, weight: Quantized, out: Tensor, bias: Tensor | None = None, add: Tensor | None = None) -> None:
-    """``out`` [T, N] float32 = add + (x [T, K] · weight [N, K] + bias [N]); ``add`` [T, N] may be ``out``."""
+def linear(
+    x: Quantized,
+    weight: Quantized,
+    out: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """``out`` [T, N] float32 = add + (x [T, K] · weight [N, K] + bias [N]); ``add`` [T, N] may be ``out``.
+
+    ``tile`` is another one than the usual.
+    """
     rows, size = x.values.shape
     columns = weight.values.shape[0]
-    tile = next(each for most, each in TILES.items() if rows <= most)
+    tile = tile or next(each for most, each in TILES.items() if rows <= most)
     grid = (tiles_of(rows, tile.rows), tiles_of(columns, tile.columns))
     optional = weight.scales if bias is None else bias, out if add is None else add
     chosen = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}

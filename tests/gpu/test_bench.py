@@ -6,12 +6,13 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from bench import gpu, gpu_experts
+from bench import gpu, gpu_experts, gpu_layer
 from consilium.config import Quantization
 from consilium.gpu import samples
 
@@ -57,6 +58,16 @@ def test_a_section_that_takes_too_long_says_where_it_is_and_is_ended(capfd: pyte
 def test_a_section_for_which_there_is_no_time_is_not_begun(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["experts", "worker", "--toy", "--within", "1"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "failed: experts, worker"
+
+
+def test_kernels_of_the_gateway_and_their_tiles() -> None:
+    found = dict[str, Any]()
+    gpu_layer.run(True, Console(quiet=True), found.update)
+    decoding, prompt = found["kernels"].values()
+    assert set(decoding) - set(prompt) == {"head", "largest"}
+    assert all(0 < each["floor_seconds"] < each["seconds"] for each in (*decoding.values(), *prompt.values()))
+    assert len(found["tiles"]) == 6
+    assert json.dumps(found)
 
 
 def test_a_section_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
