@@ -36,7 +36,8 @@ _RECORDING = threading.Lock()
 Streams = tuple[torch.cuda.Stream, torch.cuda.Stream]
 FREE: list[Streams] = []  # of links that have ended
 
-Answer = Callable[[Exception | tuple[int, int]], object]  # what went wrong, or µs in the queue and µs of computing
+Outcome = Exception | tuple[int, int]  # what went wrong, or µs in the queue and µs from there to the end
+Answer = Callable[[Outcome], object]
 Task = tuple[ArenaPacket | StepPacket, Answer, float]  # and when it came
 
 
@@ -56,9 +57,14 @@ class _Opened:
 class DeviceSteps:
     """Of one link; :meth:`submit` and :meth:`close` may be called by any thread."""
 
-    def __init__(self, kernels: LayerKernels, admit: Callable[[], None]) -> None:
-        """``admit`` raises ExpertUnavailable when this worker takes nothing new."""
-        self._kernels, self._device, self._admit = kernels, kernels.device, admit
+    def __init__(
+        self,
+        kernels: LayerKernels,
+        admit: Callable[[], None],
+        done: Callable[[Outcome], object] = lambda _: None,
+    ) -> None:
+        """``admit`` raises ExpertUnavailable when this worker takes nothing new; ``done`` hears of every step."""
+        self._kernels, self._device, self._admit, self._done = kernels, kernels.device, admit, done
         cuda = self._device.type == "cuda"
         streams = take_streams(self._device) if cuda else (None, None)
         self._stream: torch.cuda.Stream | None = streams[0]
@@ -90,10 +96,12 @@ class DeviceSteps:
                 started = time.monotonic()
                 try:
                     self._open(packet) if isinstance(packet, ArenaPacket) else self._step(packet)
+                    outcome: Outcome = int((started - received) * 1e6), int((time.monotonic() - started) * 1e6)
                 except Exception as error:  # this one fails, later ones may not
-                    answer(self._give_up(error))
-                else:
-                    answer((int((started - received) * 1e6), int((time.monotonic() - started) * 1e6)))
+                    outcome = self._give_up(error)
+                if isinstance(packet, StepPacket):
+                    self._done(outcome)
+                answer(outcome)
             self._let_go()
         if self._stream is not None and self._aside is not None:
             FREE.append((self._stream, self._aside))

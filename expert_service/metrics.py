@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -92,6 +92,20 @@ class ServiceMetrics:
             self._sent.inc(job.size - job.call.nbytes)
             self._queue.observe(outcome.queue_us / 1e6)
             self._compute.observe(outcome.compute_us / 1e6)
+
+    def count_steps(self) -> Callable[[Exception | tuple[int, int]], None]:
+        """What to tell, on any thread, of every whole step on the device: µs in the queue and µs of going on."""
+        text, names = "Whole steps of gateways on this machine by what became of them", (*_LABELS, "outcome")
+        steps = Counter(_PREFIX + "device_steps", text, names, registry=self.registry)
+        text = "From a whole step's begin to its end; the gateway's half of each layer is part of it"
+        seconds = self._histogram("device_step_seconds", text)
+
+        def done(outcome: Exception | tuple[int, int]) -> None:
+            steps.labels(*self._labels, _outcome_of(outcome) if isinstance(outcome, Exception) else "ok").inc()
+            if not isinstance(outcome, Exception):
+                seconds.observe(outcome[1] / 1e6)
+
+        return done
 
     def serve(self, host: str, port: int) -> str:
         """Answer scrapes on a thread of its own. Returns the URL; raises ConfigError when the port cannot be had."""

@@ -9,6 +9,8 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
 import grpc
 import torch
@@ -58,6 +60,9 @@ from expert_service.store import ExpertStore, load_store
 from expert_service.tokens import Tokens
 from protos.expert.v1 import expert_pb2, expert_pb2_grpc
 from protos.router.v1 import router_pb2
+
+if TYPE_CHECKING:
+    from expert_service.device_steps import DeviceSteps
 
 logger = logging.getLogger(__name__)
 
@@ -177,12 +182,14 @@ class Worker:
         scraped = None if config.metrics_port is None else metrics.serve(config.host, config.metrics_port)
         listener = None  # after all that may fail: nobody but it removes its file
         if config.local_links:
-            kernels = self.layer_kernels()
+            kernels, start_steps = self.layer_kernels(), None
             if kernels is not None:
-                from consilium.gpu.device_memory import device_uuid  # needs Triton
+                from consilium.gpu.device_memory import device_uuid  # these need Triton
+                from expert_service.device_steps import DeviceSteps
 
                 description.device_uuid = device_uuid(kernels.device)
-            adopt = _adopter(executor, computer.form, servicer, kernels)
+                start_steps = partial(DeviceSteps, kernels, servicer.admit, metrics.count_steps())
+            adopt = _adopter(executor, computer.form, servicer, start_steps)
             listener = LocalListener(description.worker_id, config.socket_folder, adopt)
             description.local_sockets.extend(listener.names)
         stopping = catch_signals()
@@ -243,14 +250,13 @@ def _identity(model: Checkpoint | ModelFolder | None) -> tuple[str, ModelConfig,
 
 
 def _adopter(
-    executor: Executor, form: RowFormat, servicer: ExpertServicer, kernels: LayerKernels | None
+    executor: Executor,
+    form: RowFormat,
+    servicer: ExpertServicer,
+    start_steps: Callable[[], DeviceSteps] | None,
 ) -> Callable[[socket.socket, SharedMemory], None]:
     def adopt(link: socket.socket, memory: SharedMemory) -> None:
-        steps = None
-        if kernels is not None:
-            from expert_service.device_steps import DeviceSteps  # needs Triton
-
-            steps = DeviceSteps(kernels, servicer.admit)
+        steps = None if start_steps is None else start_steps()
         executor.add_link(LocalLink(link, memory, form, servicer.take, steps))
 
     return adopt

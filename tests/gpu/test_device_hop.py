@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pair(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Process]]:
     """Two workers without faults that share experts 1 and 2. The second one computes with the GPU's kernels."""
-    argv = ["--dtype", "bfloat16", "--model", str(model), "--device", "cuda"]
+    argv = ["--dtype", "bfloat16", "--model", str(model), "--device", "cuda", "--metrics-port", "0"]
     with workers(model, tmp_path_factory.mktemp("pair"), "0-2", other=worker_argv("1-3", *argv)) as processes:
         yield processes
 
@@ -243,6 +244,14 @@ def test_steps_of_several_sizes_through_two_workers_have_the_same_bits(model: Pa
         served.check(3)
         assert torch.equal(hop.arena.owners, before)
         assert served.await_hop() is hop
+        served.await_true(lambda: counted_steps(pair[1]) >= hop.steps)
+
+
+def counted_steps(worker: Process) -> float:
+    """Those that went well, by the worker's metrics."""
+    lines = httpx.get(worker.metrics).raise_for_status().text.splitlines()
+    found = [each for each in lines if each.startswith("consilium_expert_service_device_steps_total")]
+    return sum(float(each.split()[-1]) for each in found if 'outcome="ok"' in each)
 
 
 def device_model(served: Gateway, model: Path, hops: DeviceHops | None) -> DeviceModel:
