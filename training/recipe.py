@@ -51,7 +51,7 @@ class GateRecipe(_Section):
 class DistillRecipe(_Section):
     """How the student learns; the words are those of training.settings."""
 
-    steps: int = Field(1000, gt=0)
+    steps: int = Field(1000, ge=0, description="0: the split without training, for comparison")
     batch: int = Field(32, gt=0, description="blocks a step")
     learning_rate: float = Field(3e-3, gt=0)
     norm_rate: float = Field(5e-4, ge=0)

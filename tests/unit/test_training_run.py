@@ -74,6 +74,15 @@ def test_a_trained_model_is_served(recipe: Path, tmp_path: Path) -> None:
     assert (out / NAME).read_bytes() == before, "a run that is done is not done again"
 
 
+@pytest.mark.parametrize("how", ["", ", random: true"])
+def test_a_split_is_measured_without_training(recipe: Path, tmp_path: Path, how: str) -> None:
+    text = RECIPE.replace("steps: 2", "steps: 0").replace("sample_blocks: 4", f"sample_blocks: 4{how}")
+    recipe.write_text(text)
+    train(load_recipe(recipe), tmp_path / "out")
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["student"]["greetings"]["divergence"] > 0
+
+
 def test_what_is_written_computes_what_was_trained(tmp_path: Path) -> None:
     """In `none` Consilium's engine and training's own maths agree to 1e-4."""
     teacher, tokens = tiny_teacher(tmp_path), tiny_blocks(1)
