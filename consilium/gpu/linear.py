@@ -78,11 +78,10 @@ def _linear(
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [N]
     depth = tl.arange(0, DEPTH)
     sums = tl.zeros((ROWS, COLUMNS), tl.int32)
-    left, right = (row < rows)[:, None], (column < columns)[None, :]
     for start in range(0, SIZE, DEPTH):
-        if SIZE % DEPTH:
-            left = (row < rows)[:, None] & (start + depth < SIZE)[None, :]
-            right = (start + depth < SIZE)[:, None] & (column < columns)[None, :]
+        left, right = (row < rows)[:, None], (column < columns)[None, :]
+        if SIZE % DEPTH:  # (masks that were made before the loop could not change their shape in it)
+            left, right = left & (start + depth < SIZE)[None, :], right & (start + depth < SIZE)[:, None]
         a = tl.load(x + row[:, None] * SIZE + start + depth[None, :], mask=left, other=0)
         b = tl.load(weight + column[None, :] * SIZE + start + depth[:, None], mask=right, other=0)
         sums = tl.dot(a, b, sums, out_dtype=tl.int32)

@@ -36,7 +36,9 @@ def rows_and_products(rows: int) -> None:
     rms_norm(x, torch.empty(HIDDEN), 1e-6, quantized, x)
     weight = Quantized(torch.empty(64, HIDDEN, dtype=torch.int8), torch.empty(64))
     linear(quantized, weight, torch.empty(rows, 64))
-    linear(quantized, weight, torch.empty(rows, 64), torch.empty(64), torch.empty(rows, 64))
+    odd = HIDDEN + 8  # no multiple of what is summed up at a time
+    given = new_rows(rows, odd, CPU), Quantized(torch.empty(64, odd, dtype=torch.int8), torch.empty(64))
+    linear(*given, torch.empty(rows, 64), torch.empty(64), torch.empty(rows, 64))
     activate(torch.empty(rows, 2 * 768), new_rows(rows, 768, CPU))
 
 
