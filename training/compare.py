@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from consilium.default_model import delta as delta_file
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("cases", metavar="CASES", type=Path, nargs="+")
     parser.add_argument("--delta", metavar="FILE", type=Path, default=delta_file.FILE, help="the default model's")
     options = parser.parse_args()
-    table = Table("cases", "items", "student", "teacher", "points", "95 % interval")
+    table = Table(Column("cases", overflow="fold"), "items", "student", "teacher", "points", "95 % interval")
     try:
         tasks = {str(file): read_items(file) for file in options.cases}
         teacher, tokenizer = load_teacher(options.teacher), tokenizer_of(options.teacher)
