@@ -33,6 +33,21 @@ def slots_for(pairs: int, experts: int, block: int) -> int:
 
 
 @jit
+def count_pairs(
+    ids: tl.tensor, pairs: tl.tensor, EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr
+) -> tl.tensor:
+    """[BINS] how often each expert is among the first ``pairs`` ids; below 0 and from EXPERTS on are none."""
+    lane = tl.arange(0, CHUNK)
+    counts = tl.zeros((BINS,), tl.int32)
+    start = 0
+    while start < pairs:
+        found = tl.load(ids + start + lane, mask=start + lane < pairs, other=-1)
+        counts += tl.histogram(found, BINS, mask=(found >= 0) & (found < EXPERTS))
+        start += CHUNK
+    return counts
+
+
+@jit
 def _cut(tiles: tl.tensor, expert: tl.tensor, first: tl.tensor, last: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Write the tiles of an expert's places ``first`` to ``last``."""
     while first < last:
@@ -86,12 +101,7 @@ def _sort_pairs(
     """Expert program_id(0) finds its pairs, in their order, and its tiles; the last program empties unused slots."""
     expert = tl.program_id(0)
     bins, lane = tl.arange(0, BINS), tl.arange(0, CHUNK)
-    counts = tl.zeros((BINS,), tl.int32)
-    start = 0
-    while start < pairs:
-        found = tl.load(ids + start + lane, mask=start + lane < pairs, other=-1)
-        counts += tl.histogram(found, BINS, mask=(found >= 0) & (found < EXPERTS))
-        start += CHUNK
+    counts = count_pairs(ids, pairs, EXPERTS, BINS, CHUNK)
     held = tl.load(table + bins * COLUMNS, mask=bins < EXPERTS, other=0) != 0
     counts = tl.where(held, counts, 0)
     tile_counts = (counts + BLOCK - 1) // BLOCK

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from consilium.gpu.jit import jit_for_any, power_of_two
-from consilium.gpu.sort import CHUNK, LEAST_BINS
+from consilium.gpu.sort import CHUNK, LEAST_BINS, count_pairs
 
 
 class Tally:
@@ -51,14 +51,8 @@ def _add(
 ) -> None:
     """One program for each layer."""
     layer = tl.program_id(0).to(tl.int64)
-    bins, lane = tl.arange(0, BINS), tl.arange(0, CHUNK)
-    pairs = tl.load(tokens) * PER_TOKEN
-    counts = tl.zeros((BINS,), tl.int32)
-    start = 0
-    while start < pairs:
-        found = tl.load(ids + layer * stride + start + lane, mask=start + lane < pairs, other=-1)
-        counts += tl.histogram(found, BINS, mask=(found >= 0) & (found < EXPERTS))
-        start += CHUNK
+    bins = tl.arange(0, BINS)
+    counts = count_pairs(ids + layer * stride, tl.load(tokens) * PER_TOKEN, EXPERTS, BINS, CHUNK)
     place, known = layer * EXPERTS + bins, bins < EXPERTS
     tl.store(rows + place, tl.load(rows + place, mask=known) + counts, mask=known)
     tl.store(steps + place, tl.load(steps + place, mask=known) + (counts > 0).to(tl.int64), mask=known)

@@ -8,6 +8,7 @@ Letters: T rows of the step, S sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class StepShape:
     def places(self) -> list[slice]:
         """Where the numbers of each kind lie: tokens, positions, slots, tiles, pages, how many tokens count."""
         sizes = [self.rows] * 3 + [TILE * self.tiles, self.sequences * self.blocks, 1]
-        starts = np.cumsum([0, *map(aligned, sizes)]).tolist()
+        starts = accumulate(map(aligned, sizes), initial=0)
         return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
