@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from training.gates import GateOptions
+from training.llama import Dense, hidden_states
 from training.losses import distillation, next_tokens
+from training.student import Student, student_states
 
 # Normed hidden states [B, L, D] of tokens [B, L], and the load of every layer's experts [layers, E] where it routes.
 States = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -25,6 +28,23 @@ class Figures:
     perplexity: float
     divergence: float  # mean KL of the teacher from the model, nats
     positions: int
+
+
+def dense_states(model: Dense) -> States:
+    """Of a dense model."""
+    return lambda tokens: (hidden_states(model, tokens), None)
+
+
+def served_states(student: Student, top_k: int) -> States:
+    """Of a student as it is served: with nothing of what helped it learn, in float32."""
+    options = GateOptions(top_k)
+
+    def states(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        hard = torch.ones((), device=tokens.device)
+        found, gates = student_states(student, tokens, hard, options, torch.float32)
+        return found, torch.stack([gated.load for gated in gates]) if gates else None
+
+    return states
 
 
 @torch.inference_mode()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +16,12 @@ from training.coactivation import firing, walk_layers
 from training.delta import make_delta, merged_student
 from training.distill import Distillation, Kernels
 from training.export import write_model
-from training.gates import GateOptions
 from training.journal import learn
-from training.llama import Dense, hidden_states
-from training.measure import Figures, States, as_table, measure
+from training.llama import Dense
+from training.measure import Figures, States, as_table, dense_states, measure, served_states
 from training.recipe import Recipe
 from training.split import Split, balanced_clusters, random_split, split_layer
-from training.student import Student, make_student, student_states
+from training.student import Student, make_student
 from training.teacher import load_teacher, moved
 from training.texts import Corpora, generate, read_corpora, tokenizer_of
 
@@ -106,7 +103,7 @@ def split_layers(recipe: Recipe, teacher: Dense, sample: Tensor, generator: torc
 
 def held_out_figures(model: States, teacher: Dense, corpora: Corpora) -> dict[str, Figures]:
     """By corpus, against the original teacher, in float32."""
-    expected = _dense_states(teacher)
+    expected = dense_states(teacher)
     return {
         name: measure(model, expected, blocks.long(), teacher.embed, 8)[0] for name, blocks in corpora.held_out.items()
     }
@@ -114,19 +111,8 @@ def held_out_figures(model: States, teacher: Dense, corpora: Corpora) -> dict[st
 
 def _write_figures(student: Student, teacher: Dense, recipe: Recipe, corpora: Corpora, out: Path) -> None:
     figures = {
-        "teacher": held_out_figures(_dense_states(teacher), teacher, corpora),
-        "student": held_out_figures(partial(_student_states, student, recipe), teacher, corpora),
+        "teacher": held_out_figures(dense_states(teacher), teacher, corpora),
+        "student": held_out_figures(served_states(student, recipe.split.pairs), teacher, corpora),
     }
     table = {name: as_table(each) for name, each in figures.items()}
     (out / "figures.json").write_text(json.dumps(table, indent=2) + "\n", "utf-8")
-
-
-def _dense_states(teacher: Dense) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-    return lambda tokens: (hidden_states(teacher, tokens), None)
-
-
-def _student_states(student: Student, recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    hard = torch.ones((), device=tokens.device)
-    options = GateOptions(recipe.split.pairs)  # nothing of what helped it learn
-    states, gates = student_states(student, tokens, hard, options, torch.float32)
-    return states, torch.stack([gated.load for gated in gates]) if gates else None

